@@ -1,0 +1,73 @@
+#pragma once
+
+#include <cstdint>
+
+#include "moecore/grouped_gemm.hpp"
+#include "moecore/stream.hpp"
+#include "moecore/tensor_view.hpp"
+#include "moecore/topk_routing.hpp"
+#include "moecore/workspace.hpp"
+
+namespace moecore {
+
+/// The sizes and the mathematics of one MoE layer.
+struct MoEConfig {
+    int64_t hidden_size = 0;        ///< H
+    int64_t intermediate_size = 0;  ///< I, of one expert
+    int num_experts = 0;            ///< E, over all ranks
+    int first_expert = 0;           ///< this rank's experts are first_expert .. + E_local - 1
+    int num_local_experts = 0;      ///< E_local
+    RoutingConfig routing;
+    GroupedGemmConfig activation;             ///< of the experts and the shared expert
+    int64_t shared_intermediate_size = 0;     ///< of the shared expert; 0 for none
+    DType dtype = DType::kBFloat16;           ///< of weights, hidden states and output
+};
+
+/// A layer's weights, borrowed: they must outlive the layer. H, I, E as in MoEConfig, S the shared
+/// expert's intermediate size.
+struct MoEWeights {
+    GroupedGemmWeights gate_up;         ///< [E_local, 2 I, H]
+    GroupedGemmWeights down;            ///< [E_local, H, I]
+    TensorView gate_up_bias;            ///< [E_local, 2 I], or absent
+    TensorView down_bias;               ///< [E_local, H], or absent
+    TensorView selection_bias;          ///< [E] float32, or absent
+    GroupedGemmWeights shared_gate_up;  ///< [1, 2 S, H]; with S > 0
+    GroupedGemmWeights shared_down;     ///< [1, H, S]; with S > 0
+    TensorView shared_gate;             ///< [1, H]: the shared output is scaled by
+                                        ///< sigmoid(hidden_states @ shared_gate.T); or absent
+};
+
+/// One MoE layer on one rank: route, sort, two grouped GEMMs, combine. Immutable after construction
+/// and thread-safe: all scratch memory is the caller's Workspace.
+class MoELayer {
+public:
+    /// Throws InvalidArgument if a weight does not fit `config`; the message names it.
+    MoELayer(const MoEConfig& config, const MoEWeights& weights);
+
+    /// Workspace bytes for any routing of up to `max_tokens` tokens.
+    size_t workspace_bytes(int64_t max_tokens) const;
+
+    /// output = the layer's output for T tokens; T may be 0. Takes from `workspace` and resets it.
+    /// hidden_states [T, H] of config.dtype, router_logits [T, E] float32 or bfloat16,
+    /// output [T, H] of config.dtype, overlapping nothing else.
+    void forward(const TensorView& hidden_states, const TensorView& router_logits,
+                 const TensorView& output, Workspace& workspace, Stream stream = {}) const;
+
+    /// The same for a routing made elsewhere: topk_ids [T, k] int32 global ids (those of other
+    /// ranks and negative ones add nothing), topk_weights [T, k] float32. k may differ from
+    /// config.routing.top_k.
+    void forward_routed(const TensorView& hidden_states, const TensorView& topk_ids,
+                        const TensorView& topk_weights, const TensorView& output,
+                        Workspace& workspace, Stream stream = {}) const;
+
+    const MoEConfig& config() const { return config_; }
+
+private:
+    TensorView shared_expert(const TensorView& hidden_states, TensorView& shared_scale,
+                             Workspace& workspace, Stream stream) const;
+
+    MoEConfig config_;
+    MoEWeights weights_;
+};
+
+}  // namespace moecore

@@ -1,0 +1,129 @@
+#pragma once
+
+// Sixteen lanes in two ymm registers. Same operations as simd/scalar.hpp, lane by lane.
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace moecore::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+
+struct Mask {
+    __m256 lo, hi;
+};
+
+struct I32x16 {
+    __m256i lo, hi;
+    static I32x16 load(const int32_t* p) {
+        return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+    }
+    static I32x16 broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+    void store(int32_t* p) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), lo);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), hi);
+    }
+};
+
+/// Rounds 8 floats to bfloat16 in the low half of each 32-bit lane.
+inline __m256i round_to_bf16(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+}
+
+struct F32x16 {
+    __m256 lo, hi;
+    static F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static F32x16 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+    static F32x16 load_bf16(const uint16_t* p) {
+        const auto widen = [](const uint16_t* q) {
+            const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
+            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+        };
+        return {widen(p), widen(p + 8)};
+    }
+    void store(float* p) const {
+        _mm256_storeu_ps(p, lo);
+        _mm256_storeu_ps(p + 8, hi);
+    }
+    void store_bf16(uint16_t* p) const {
+        // packus interleaves the 128-bit halves of its operands; the permute puts them in order.
+        const __m256i packed = _mm256_packus_epi32(round_to_bf16(lo), round_to_bf16(hi));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                            _mm256_permute4x64_epi64(packed, 0b11011000));
+    }
+};
+
+inline F32x16 add(F32x16 a, F32x16 b) {
+    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline F32x16 sub(F32x16 a, F32x16 b) {
+    return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline F32x16 mul(F32x16 a, F32x16 b) {
+    return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+inline F32x16 div(F32x16 a, F32x16 b) {
+    return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+inline F32x16 sqrt(F32x16 a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline Mask less(F32x16 a, F32x16 b) {
+    return {_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)};
+}
+inline Mask is_nan(F32x16 a) {
+    return {_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q)};
+}
+inline F32x16 select(Mask m, F32x16 a, F32x16 b) {
+    return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
+}
+inline I32x16 bits_of(F32x16 a) {
+    return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
+}
+inline F32x16 float_of_bits(I32x16 a) {
+    return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
+}
+inline F32x16 to_float(I32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline I32x16 add(I32x16 a, I32x16 b) {
+    return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline I32x16 sub(I32x16 a, I32x16 b) {
+    return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+}
+template <int kBits>
+I32x16 shift_left(I32x16 a) {
+    return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
+}
+template <int kBits>
+I32x16 shift_right_arithmetic(I32x16 a) {
+    return {_mm256_srai_epi32(a.lo, kBits), _mm256_srai_epi32(a.hi, kBits)};
+}
+inline I32x16 bit_and(I32x16 a, I32x16 b) {
+    return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+inline I32x16 bit_xor(I32x16 a, I32x16 b) {
+    return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
+}
+inline I32x16 max(I32x16 a, I32x16 b) {
+    return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+inline uint32_t equal_bits(I32x16 a, I32x16 b) {
+    const auto bits = [](__m256i x, __m256i y) {
+        return static_cast<uint32_t>(
+            _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(x, y))));
+    };
+    return bits(a.lo, b.lo) | bits(a.hi, b.hi) << 8;
+}
+
+}  // namespace
+}  // namespace moecore::cpu

@@ -1,0 +1,77 @@
+#pragma once
+
+// Sixteen lanes in one zmm register. Same operations as simd/scalar.hpp, lane by lane.
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace moecore::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+
+struct Mask {
+    __mmask16 bits;
+};
+
+struct I32x16 {
+    __m512i v;
+    static I32x16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+    static I32x16 broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
+};
+
+struct F32x16 {
+    __m512 v;
+    static F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static F32x16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+    static F32x16 load_bf16(const uint16_t* p) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+    }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    void store_bf16(uint16_t* p) const {
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded =
+            _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        const __m512i result = _mm512_mask_mov_epi32(rounded, nan, quiet);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                            _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+    }
+};
+
+inline F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32x16 mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Mask less(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask is_nan(F32x16 a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline F32x16 select(Mask m, F32x16 a, F32x16 b) {
+    return {_mm512_mask_mov_ps(b.v, m.bits, a.v)};
+}
+inline I32x16 bits_of(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
+inline F32x16 float_of_bits(I32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+inline F32x16 to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I32x16 add(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I32x16 sub(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+template <int kBits>
+I32x16 shift_left(I32x16 a) {
+    return {_mm512_slli_epi32(a.v, kBits)};
+}
+template <int kBits>
+I32x16 shift_right_arithmetic(I32x16 a) {
+    return {_mm512_srai_epi32(a.v, kBits)};
+}
+inline I32x16 bit_and(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I32x16 bit_xor(I32x16 a, I32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline uint32_t equal_bits(I32x16 a, I32x16 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
+
+}  // namespace
+}  // namespace moecore::cpu

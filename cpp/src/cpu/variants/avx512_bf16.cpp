@@ -1,0 +1,71 @@
+// AVX-512 with vdpbf16ps: one instruction multiplies sixteen pairs and adds both products.
+
+#include "cpu/simd/avx512.hpp"
+#include "cpu/kernels/math.hpp"
+#include "cpu/kernels/route.hpp"
+#include "cpu/kernels/combine.hpp"
+#include "cpu/kernels/epilogue.hpp"
+#include "cpu/kernels/gemm_avx512.hpp"
+#include "cpu/kernels/pack.hpp"
+
+namespace moecore::cpu {
+namespace {
+
+template <int kRows, bool kPrefetch>
+void add_pairs(const uint16_t* line, const int32_t (&pair)[kRows],
+               __m512 (&sum)[kRows][kPanelVectors]) {
+    __m512bh w[kPanelVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) {
+        w[v] = (__m512bh)_mm512_loadu_si512(line + 2 * v * kLanes);
+        if constexpr (kPrefetch)
+            _mm_prefetch(reinterpret_cast<const char*>(line + 2 * v * kLanes) + kPrefetchBytes,
+                         _MM_HINT_T0);
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; ++m) {
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair[m]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], x, w[v]);
+    }
+}
+
+template <int kRows>
+void tile_bf16(const GemmTile& tile) {
+    const uint16_t* line = static_cast<const uint16_t*>(tile.panel);
+    const uint16_t* row[kRows];
+    for (int m = 0; m < kRows; ++m) row[m] = static_cast<const uint16_t*>(tile.rows[m]);
+    __m512 sum[kRows][kPanelVectors];
+    load_sums<kRows, kPanelVectors>(tile, 0, sum);
+    int32_t pair[kRows];
+    int64_t k = 0;
+    for (; k + 1 < tile.k_dim; k += 2, line += 2 * kPanelColumns) {
+#pragma GCC unroll 6
+        for (int m = 0; m < kRows; ++m) __builtin_memcpy(&pair[m], row[m] + k, sizeof pair[m]);
+        add_pairs<kRows, kRows <= kPrefetchMaxRows>(line, pair, sum);
+    }
+    if (k < tile.k_dim) {
+        for (int m = 0; m < kRows; ++m) pair[m] = load_pair(row[m] + k, false);
+        add_pairs<kRows, false>(line, pair, sum);
+    }
+    store_sums<kRows, kPanelVectors>(tile, 0, sum);
+}
+
+}  // namespace
+
+const KernelTable& avx512_bf16_kernels() {
+    static const KernelTable table{
+        "avx512_bf16",
+        route_tokens,
+        {nullptr, tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>, tile_bf16<5>,
+         tile_bf16<6>},
+        {nullptr, tile_f32<1>, tile_f32<2>, tile_f32<3>, tile_f32<4>, tile_f32<5>, tile_f32<6>},
+        store_tile,
+        pack_lanes_bf16,
+        pack_lanes_f32,
+        combine_tokens,
+    };
+    return table;
+}
+
+}  // namespace moecore::cpu
