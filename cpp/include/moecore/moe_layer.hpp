@@ -31,8 +31,8 @@ struct MoEWeights {
     TensorView gate_up_bias;            ///< [E_local, 2 I], or absent
     TensorView down_bias;               ///< [E_local, H], or absent
     TensorView selection_bias;          ///< [E] float32, or absent
-    GroupedGemmWeights shared_gate_up;  ///< [1, 2 S, H]; with S > 0
-    GroupedGemmWeights shared_down;     ///< [1, H, S]; with S > 0
+    GroupedGemmWeights shared_gate_up;  ///< [2 S, H]; with S > 0
+    GroupedGemmWeights shared_down;     ///< [H, S]; with S > 0
     TensorView shared_gate;             ///< [1, H]: the shared output is scaled by
                                         ///< sigmoid(hidden_states @ shared_gate.T); or absent
 };
@@ -54,8 +54,7 @@ public:
                  const TensorView& output, Workspace& workspace, Stream stream = {}) const;
 
     /// The same for a routing made elsewhere: topk_ids [T, k] int32 global ids (those of other
-    /// ranks and negative ones add nothing), topk_weights [T, k] float32. k may differ from
-    /// config.routing.top_k.
+    /// ranks and negative ones add nothing), topk_weights [T, k] float32, k = config.routing.top_k.
     void forward_routed(const TensorView& hidden_states, const TensorView& topk_ids,
                         const TensorView& topk_weights, const TensorView& output,
                         Workspace& workspace, Stream stream = {}) const;
@@ -63,8 +62,12 @@ public:
     const MoEConfig& config() const { return config_; }
 
 private:
-    TensorView shared_expert(const TensorView& hidden_states, TensorView& shared_scale,
-                             Workspace& workspace, Stream stream) const;
+    void run_experts(const TensorView& hidden_states, const TensorView& topk_ids,
+                     const TensorView& topk_weights, const TensorView& output,
+                     Workspace& workspace, Stream stream) const;
+    /// The shared expert's output [T, H] and, with a gate, its scale [T]; absent without one.
+    TensorView run_shared(const TensorView& hidden_states, TensorView& shared_scale,
+                          Workspace& workspace, Stream stream) const;
 
     MoEConfig config_;
     MoEWeights weights_;

@@ -1,0 +1,194 @@
+#include "moecore/kernels/grouped_gemm.hpp"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/panels.hpp"
+#include "cpu/parallel.hpp"
+
+namespace moecore::cpu {
+namespace {
+
+/// Rows that one unit of work multiplies with one panel: their inputs should stay in the second
+/// level cache beside the panel while the panel is read once for every tile of them.
+constexpr int64_t kInputBytesPerUnit = 512 * 1024;
+constexpr int64_t kMaxRowsPerUnit = 240;  ///< a multiple of kMaxTileRows
+
+/// Plain weights are packed this much of K at a time, into a buffer that stays in cache.
+constexpr int64_t kPackedK = 512;
+
+/// Rows begin .. begin + count - 1 of one group, for every panel.
+struct RowBlock {
+    int group;
+    int64_t begin;
+    int64_t count;
+};
+
+std::vector<RowBlock> cut_rows(const GroupedGemmArgs& args, int64_t rows_per_block) {
+    std::vector<RowBlock> blocks;
+    for (int g = 0; g < args.num_groups; ++g) {
+        const int64_t begin = args.expert_offsets ? args.expert_offsets[g] : 0;
+        const int64_t end = args.expert_offsets ? args.expert_offsets[g + 1] : args.num_rows;
+        for (int64_t row = begin; row < end; row += rows_per_block)
+            blocks.push_back({g, row, std::min(rows_per_block, end - row)});
+    }
+    return blocks;
+}
+
+PanelSource panel_source(const GroupedGemmArgs& args, const PanelLayout& layout, int group) {
+    const char* base = static_cast<const char*>(args.weights) +
+                       group * args.group_stride * static_cast<int64_t>(size_of(args.dtype));
+    if (!layout.gated) return {base, nullptr, args.n_stride, args.k_stride};
+    const bool interleaved = args.config.gate_order == GateOrder::kInterleaved;
+    const int64_t up = interleaved ? args.n_stride : layout.num_outputs() * args.n_stride;
+    return {base, base + up * static_cast<int64_t>(size_of(args.dtype)),
+            interleaved ? 2 * args.n_stride : args.n_stride, args.k_stride};
+}
+
+/// The bias of one panel's 64 columns, as float32, gates before ups.
+void load_bias(const GroupedGemmArgs& args, const PanelLayout& layout, int group, int64_t panel,
+               float* bias) {
+    const bool interleaved = args.config.gate_order == GateOrder::kInterleaved;
+    const int columns = layout.columns_of(panel);
+    std::fill(bias, bias + kPanelColumns, 0.0f);
+    const auto element = [&](int64_t feature) {
+        const int64_t index = group * args.bias_stride + feature;
+        if (args.bias_dtype == DType::kFloat32) return static_cast<const float*>(args.bias)[index];
+        const uint32_t bits = uint32_t{static_cast<const uint16_t*>(args.bias)[index]} << 16;
+        float value;
+        __builtin_memcpy(&value, &bits, sizeof value);
+        return value;
+    };
+    for (int c = 0; c < columns; ++c) {
+        const int64_t feature = panel * layout.outputs_per_panel() + c;
+        if (!layout.gated) {
+            bias[c] = element(feature);
+        } else {
+            bias[c] = element(interleaved ? 2 * feature : feature);
+            bias[c + kPanelColumns / 2] =
+                element(interleaved ? 2 * feature + 1 : layout.num_outputs() + feature);
+        }
+    }
+}
+
+/// One thread's scratch.
+struct Scratch {
+    alignas(64) float sums[kMaxRowsPerUnit * kPanelColumns];
+    alignas(64) float bias[kPanelColumns];
+    alignas(64) float panel[kPackedK * kPanelColumns];  ///< for bfloat16 the first half is used
+};
+
+class Problem {
+public:
+    explicit Problem(const GroupedGemmArgs& args)
+        : args_(args),
+          table_(kernels()),
+          layout_{args.n, args.k_dim, is_gated(args.config.activation), args.dtype},
+          element_bytes_(static_cast<int64_t>(size_of(args.dtype))) {
+        const int64_t rows = kInputBytesPerUnit / (args.k_dim * element_bytes_);
+        rows_per_block_ = std::clamp<int64_t>(rows / kMaxTileRows * kMaxTileRows,
+                                              4 * kMaxTileRows, kMaxRowsPerUnit);
+    }
+
+    void run() const {
+        const std::vector<RowBlock> blocks = cut_rows(args_, rows_per_block_);
+        const int64_t num_panels = layout_.num_panels();
+        parallel_ranges(static_cast<int64_t>(blocks.size()) * num_panels, 1,
+                        [&](int64_t unit, int64_t) {
+                            multiply(blocks[static_cast<size_t>(unit / num_panels)],
+                                     unit % num_panels);
+                        });
+    }
+
+private:
+    const void* input_row(int64_t row) const {
+        const int64_t source = args_.sorted_slots
+                                   ? args_.sorted_slots[row] / args_.slots_per_token
+                                   : row;
+        return static_cast<const char*>(args_.input) +
+               source * args_.input_stride * element_bytes_;
+    }
+
+    void multiply(const RowBlock& block, int64_t panel) const {
+        static thread_local Scratch scratch;
+        if (args_.bias != nullptr) load_bias(args_, layout_, block.group, panel, scratch.bias);
+        if (args_.is_packed) {
+            const char* packed = static_cast<const char*>(args_.weights) +
+                                 (block.group * layout_.group_elements() +
+                                  panel * layout_.panel_elements()) *
+                                     element_bytes_;
+            for_each_tile(block, [&](int64_t first, int rows) {
+                multiply_tile(block.begin + first, rows, packed, 0, args_.k_dim, scratch.sums);
+                store(block.begin + first, rows, panel, scratch.sums, scratch.bias);
+            });
+            return;
+        }
+        const PanelSource source = panel_source(args_, layout_, block.group);
+        for (int64_t k = 0; k < args_.k_dim; k += kPackedK) {
+            const int64_t k_count = std::min(kPackedK, args_.k_dim - k);
+            pack_panel(table_, layout_, source, panel, k, k_count, scratch.panel);
+            for_each_tile(block, [&](int64_t first, int rows) {
+                multiply_tile(block.begin + first, rows, scratch.panel, k, k_count,
+                              scratch.sums + first * kPanelColumns);
+            });
+        }
+        for_each_tile(block, [&](int64_t first, int rows) {
+            store(block.begin + first, rows, panel, scratch.sums + first * kPanelColumns,
+                  scratch.bias);
+        });
+    }
+
+    template <typename Fn>
+    void for_each_tile(const RowBlock& block, Fn&& fn) const {
+        // Full tiles, then what is left in two even ones: 7 rows as 4 + 3, not 6 + 1.
+        int64_t row = 0;
+        while (row < block.count) {
+            const int64_t left = block.count - row;
+            const int64_t rows = left >= 2 * kMaxTileRows || left <= kMaxTileRows
+                                     ? std::min<int64_t>(left, kMaxTileRows)
+                                     : ceil_div(left, 2);
+            fn(row, static_cast<int>(rows));
+            row += rows;
+        }
+    }
+
+    void multiply_tile(int64_t first_row, int num_rows, const void* panel, int64_t k_begin,
+                       int64_t k_count, float* sums) const {
+        GemmTile tile{.rows = {},
+                      .panel = panel,
+                      .k_dim = k_count,
+                      .sums = sums,
+                      .accumulate = k_begin > 0};
+        for (int m = 0; m < num_rows; ++m)
+            tile.rows[m] = static_cast<const char*>(input_row(first_row + m)) +
+                           k_begin * element_bytes_;
+        (args_.dtype == DType::kBFloat16 ? table_.tile_bf16 : table_.tile_f32)[num_rows](tile);
+    }
+
+    void store(int64_t first_row, int num_rows, int64_t panel, const float* sums,
+               const float* bias) const {
+        const int64_t offset =
+            first_row * args_.output_stride + panel * layout_.outputs_per_panel();
+        table_.epilogue({.sums = sums,
+                         .bias = args_.bias ? bias : nullptr,
+                         .output = static_cast<char*>(args_.output) +
+                                   offset * static_cast<int64_t>(size_of(args_.output_dtype)),
+                         .output_stride = args_.output_stride,
+                         .num_rows = num_rows,
+                         .num_columns = layout_.columns_of(panel),
+                         .output_dtype = args_.output_dtype,
+                         .config = args_.config});
+    }
+
+    const GroupedGemmArgs& args_;
+    const KernelTable& table_;
+    PanelLayout layout_;
+    int64_t element_bytes_;
+    int64_t rows_per_block_;
+};
+
+}  // namespace
+
+void grouped_gemm(const GroupedGemmArgs& args) { Problem(args).run(); }
+
+}  // namespace moecore::cpu

@@ -1,0 +1,32 @@
+// Every cuda:: entry point of a build without CUDA: callers need no #ifdef, users a clear error.
+
+#include <string>
+
+#include "moecore/error.hpp"
+#include "moecore/kernels/combine.hpp"
+#include "moecore/kernels/grouped_gemm.hpp"
+#include "moecore/kernels/memory.hpp"
+#include "moecore/kernels/sort_by_expert.hpp"
+#include "moecore/kernels/topk_routing.hpp"
+
+namespace moecore::cuda {
+namespace {
+
+[[noreturn]] void throw_no_cuda(const char* op) {
+    throw UnsupportedError(concat(op,
+                                  ": this build of moecore has no CUDA kernels; rebuild with nvcc "
+                                  "on PATH or MOECORE_CUDA=ON"));
+}
+
+}  // namespace
+
+void topk_routing(const TopkRoutingArgs&, Stream) { throw_no_cuda("topk_routing"); }
+void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_expert"); }
+void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
+void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
+
+void* allocate(int, size_t) { throw_no_cuda("allocate"); }
+void deallocate(void*, int) noexcept {}
+std::string toolkit_version() { return ""; }
+
+}  // namespace moecore::cuda

@@ -1,0 +1,214 @@
+#include "moecore/grouped_gemm.hpp"
+
+#include <cmath>
+
+#include "moecore/kernels/grouped_gemm.hpp"
+#include "ops/check.hpp"
+
+namespace moecore {
+namespace {
+
+/// G, N, K of either kind of weights, and the part of the args that describes them.
+struct WeightSizes {
+    int64_t num_groups, n, k_dim;
+};
+
+/// Checks `weights` and fills the weight fields of `args`.
+WeightSizes describe_weights(const Check& check, const GroupedGemmWeights& weights,
+                             const GroupedGemmConfig& config, DType dtype, Device device,
+                             GroupedGemmArgs& args) {
+    if (weights.packed != nullptr) {
+        const PackedWeights& packed = *weights.packed;
+        check.that(packed.dtype() == dtype, "weights must be ", name_of(dtype),
+                   " as the input is, got ", name_of(packed.dtype()));
+        check.that(packed.device() == device, "weights must be on ", to_string(device), ", got ",
+                   to_string(packed.device()));
+        check.that(packed.gated() == is_gated(config.activation),
+                   "weights must be packed with gated = ", is_gated(config.activation),
+                   " for this activation, got gated = ", packed.gated());
+        args.weights = packed.data();
+        args.is_packed = true;
+        args.group_stride = packed.group_stride();
+        return {packed.num_groups(), packed.n(), packed.k_dim()};
+    }
+    const TensorView& plain = weights.plain;
+    check.dtype("weights", plain, {dtype});
+    check.shape("weights", plain, {Check::kAny, Check::kAny, Check::kAny});
+    check.device("weights", plain, device);
+    const bool has_unit_stride = plain.strides[2] == 1 || plain.strides[1] == 1 ||
+                                 plain.shape[1] == 1 || plain.shape[2] == 1;
+    const bool has_positive_strides =
+        plain.strides[0] >= 0 && plain.strides[1] >= 0 && plain.strides[2] >= 0;
+    check.that(plain.num_elements() == 0 || (has_unit_stride && has_positive_strides),
+               "weights must have one of their last two dimensions contiguous and no negative "
+               "stride, got strides [",
+               plain.strides[0], ", ", plain.strides[1], ", ", plain.strides[2], "]");
+    args.weights = plain.data;
+    args.is_packed = false;
+    args.group_stride = plain.strides[0];
+    args.n_stride = plain.strides[1];
+    args.k_stride = plain.strides[2];
+    return {plain.shape[0], plain.shape[1], plain.shape[2]};
+}
+
+void check_bias(const Check& check, const TensorView& bias, const WeightSizes& sizes,
+                const TensorView& input, const TensorView& output, GroupedGemmArgs& args) {
+    if (!bias.defined()) return;
+    check.that(bias.dtype == DType::kFloat32 || bias.dtype == input.dtype, "bias must be float32 or ",
+               name_of(input.dtype), ", got ", name_of(bias.dtype));
+    check.shape("bias", bias, {sizes.num_groups, sizes.n});
+    check.rows_contiguous("bias", bias);
+    check.device("bias", bias, input.device);
+    check.no_overlap("output", output, "bias", bias);
+    args.bias = bias.data;
+    args.bias_dtype = bias.dtype;
+    args.bias_stride = bias.strides[0];
+}
+
+/// On the CPU every offset and slot is looked at before any row is.
+void check_rows(const Check& check, const TensorView& expert_offsets,
+                const TensorView& sorted_slots, int slots_per_token, int64_t num_input_rows,
+                int64_t num_output_rows) {
+    const int64_t* offsets = expert_offsets.as<int64_t>();
+    const int64_t num_groups = expert_offsets.shape[0] - 1;
+    check.that(offsets[0] >= 0, "expert_offsets must start at 0 or above, got ", offsets[0]);
+    for (int64_t g = 0; g < num_groups; ++g)
+        check.that(offsets[g] <= offsets[g + 1], "expert_offsets must not decrease, got ",
+                   offsets[g], " then ", offsets[g + 1], " at group ", g);
+    const int64_t last = offsets[num_groups];
+    check.that(last <= num_output_rows, "expert_offsets must end within the ", num_output_rows,
+               " rows of output, got ", last);
+    if (!sorted_slots.defined()) {
+        check.that(last <= num_input_rows, "expert_offsets must end within the ", num_input_rows,
+                   " rows of input, got ", last);
+        return;
+    }
+    check.that(last <= sorted_slots.shape[0], "expert_offsets must end within the ",
+               sorted_slots.shape[0], " entries of sorted_slots, got ", last);
+    const int64_t num_slots = num_input_rows * slots_per_token;
+    for (int64_t row = offsets[0]; row < last; ++row) {
+        const int64_t slot = sorted_slots.as<int32_t>()[row];
+        check.that(slot >= 0 && slot < num_slots, "sorted_slots must be in [0, ", num_slots,
+                   "), input rows times slots_per_token, got ", slot, " at row ", row);
+    }
+}
+
+void check_config(const Check& check, const GroupedGemmConfig& config) {
+    if (config.activation != Activation::kClampedSwiglu) return;
+    check.that(std::isfinite(config.alpha), "alpha must be finite, got ", config.alpha);
+    check.that(config.limit > 0, "limit must be > 0, got ", config.limit);
+    check.that(std::isfinite(config.up_offset), "up_offset must be finite, got ",
+               config.up_offset);
+}
+
+void run(const GroupedGemmArgs& args, Device device, Stream stream) {
+    switch (device.type) {
+        case DeviceType::kCpu: return cpu::grouped_gemm(args);
+        case DeviceType::kCuda: return cuda::grouped_gemm(args, stream);
+    }
+}
+
+/// What grouped_gemm and linear share: everything but the rows.
+GroupedGemmArgs build_args(const Check& check, const TensorView& input,
+                           const GroupedGemmWeights& weights, const GroupedGemmConfig& config,
+                           const TensorView& output, WeightSizes& sizes) {
+    check.dtype("input", input, {DType::kFloat32, DType::kBFloat16});
+    check.shape("input", input, {Check::kAny, Check::kAny});
+    check.rows_contiguous("input", input);
+    check_config(check, config);
+
+    GroupedGemmArgs args{};
+    sizes = describe_weights(check, weights, config, input.dtype, input.device, args);
+    check.that(sizes.num_groups >= 1 && sizes.n >= 1 && sizes.k_dim >= 1,
+               "weights must have no empty dimension, got [", sizes.num_groups, ", ", sizes.n,
+               ", ", sizes.k_dim, "]");
+    check.shape("input", input, {Check::kAny, sizes.k_dim});
+    const bool gated = is_gated(config.activation);
+    check.that(!gated || sizes.n % 2 == 0, "weights must have an even number of rows for a gated "
+               "activation, got ", sizes.n);
+
+    check.dtype("output", output, {DType::kFloat32, DType::kBFloat16});
+    check.shape("output", output, {Check::kAny, gated ? sizes.n / 2 : sizes.n});
+    check.rows_contiguous("output", output);
+    check.device("output", output, input.device);
+    check.no_overlap("output", output, "input", input);
+    if (weights.packed == nullptr) check.no_overlap("output", output, "weights", weights.plain);
+
+    args.input = input.data;
+    args.input_stride = input.strides[0];
+    args.slots_per_token = 1;
+    args.output = output.data;
+    args.output_stride = output.strides[0];
+    args.num_rows = output.shape[0];
+    args.num_groups = static_cast<int>(sizes.num_groups);
+    args.n = sizes.n;
+    args.k_dim = sizes.k_dim;
+    args.dtype = input.dtype;
+    args.output_dtype = output.dtype;
+    args.config = config;
+    return args;
+}
+
+}  // namespace
+
+void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
+                  const TensorView& bias, const TensorView& expert_offsets,
+                  const TensorView& sorted_slots, int slots_per_token,
+                  const GroupedGemmConfig& config, const TensorView& output, Stream stream) {
+    const Check check("grouped_gemm");
+    WeightSizes sizes{};
+    GroupedGemmArgs args = build_args(check, input, weights, config, output, sizes);
+    check_bias(check, bias, sizes, input, output, args);
+
+    check.dtype("expert_offsets", expert_offsets, {DType::kInt64});
+    check.shape("expert_offsets", expert_offsets, {sizes.num_groups + 1});
+    check.contiguous("expert_offsets", expert_offsets);
+    check.device("expert_offsets", expert_offsets, input.device);
+    check.no_overlap("output", output, "expert_offsets", expert_offsets);
+    check.that(slots_per_token >= 1, "slots_per_token must be >= 1, got ", slots_per_token);
+    if (sorted_slots.defined()) {
+        check.dtype("sorted_slots", sorted_slots, {DType::kInt32});
+        check.shape("sorted_slots", sorted_slots, {Check::kAny});
+        check.contiguous("sorted_slots", sorted_slots);
+        check.device("sorted_slots", sorted_slots, input.device);
+        check.no_overlap("output", output, "sorted_slots", sorted_slots);
+        args.sorted_slots = sorted_slots.as<int32_t>();
+        args.slots_per_token = slots_per_token;
+    }
+    if (input.device.type == DeviceType::kCpu)
+        check_rows(check, expert_offsets, sorted_slots, slots_per_token, input.shape[0],
+                   output.shape[0]);
+    args.expert_offsets = expert_offsets.as<int64_t>();
+    run(args, input.device, stream);
+}
+
+void linear(const TensorView& input, const GroupedGemmWeights& weight, const TensorView& bias,
+            const GroupedGemmConfig& config, const TensorView& output, Stream stream) {
+    const Check check("linear");
+    // One matrix [N, K] is a group of one.
+    const auto with_group = [&](const char* name, const TensorView& view, int rank) {
+        if (!view.defined()) return view;
+        check.that(view.rank == rank, name, " must have ", rank, " dimensions, got ",
+                   to_string(view));
+        TensorView grouped = view;
+        grouped.rank = rank + 1;
+        grouped.shape[0] = 1;
+        grouped.strides[0] = view.num_elements();
+        for (int i = 0; i < rank; ++i) {
+            grouped.shape[i + 1] = view.shape[i];
+            grouped.strides[i + 1] = view.strides[i];
+        }
+        return grouped;
+    };
+    GroupedGemmWeights weights = weight;
+    if (weight.packed == nullptr) weights.plain = with_group("weight", weight.plain, 2);
+
+    WeightSizes sizes{};
+    GroupedGemmArgs args = build_args(check, input, weights, config, output, sizes);
+    check.that(sizes.num_groups == 1, "weight must hold one group, got ", sizes.num_groups);
+    check_bias(check, with_group("bias", bias, 1), sizes, input, output, args);
+    check.shape("output", output, {input.shape[0], output.shape[1]});
+    run(args, input.device, stream);
+}
+
+}  // namespace moecore

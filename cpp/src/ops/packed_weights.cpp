@@ -1,0 +1,74 @@
+#include "moecore/packed_weights.hpp"
+
+#include "cpu/panels.hpp"
+#include "cpu/parallel.hpp"
+#include "ops/check.hpp"
+
+namespace moecore {
+namespace {
+
+const Check kCheck("PackedWeights");
+
+cpu::PanelLayout checked_layout(DType dtype, int64_t num_groups, int64_t n, int64_t k_dim,
+                                bool gated, Device device) {
+    kCheck.that(dtype == DType::kFloat32 || dtype == DType::kBFloat16,
+                "dtype must be float32 or bfloat16, got ", name_of(dtype));
+    kCheck.that(num_groups >= 1, "num_groups must be >= 1, got ", num_groups);
+    kCheck.that(n >= 1 && (!gated || n % 2 == 0), "n must be >= 1, and even if gated, got ", n);
+    kCheck.that(k_dim >= 1, "k_dim must be >= 1, got ", k_dim);
+    if (device.type != DeviceType::kCpu)
+        throw UnsupportedError("PackedWeights: " + to_string(device) +
+                               " has no packed kernels; pass plain weights");
+    return {n, k_dim, gated, dtype};
+}
+
+}  // namespace
+
+PackedWeights::PackedWeights(DType dtype, int64_t num_groups, int64_t n, int64_t k_dim, bool gated,
+                             Device device)
+    : dtype_(dtype),
+      num_groups_(num_groups),
+      n_(n),
+      k_dim_(k_dim),
+      gated_(gated),
+      group_stride_(
+          checked_layout(dtype, num_groups, n, k_dim, gated, device).group_elements()),
+      buffer_(device, static_cast<size_t>(num_groups * group_stride_) * size_of(dtype)) {}
+
+void PackedWeights::pack(int64_t group, const TensorView& weights) {
+    kCheck.that(!gated_, "pack needs weights made with gated = false; use pack_gated");
+    kCheck.shape("weights", weights, {n_, k_dim_});
+    pack_group(group, weights, {});
+}
+
+void PackedWeights::pack_gated(int64_t group, const TensorView& gate, const TensorView& up) {
+    kCheck.that(gated_, "pack_gated needs weights made with gated = true; use pack");
+    kCheck.shape("gate", gate, {n_ / 2, k_dim_});
+    kCheck.shape("up", up, {n_ / 2, k_dim_});
+    kCheck.dtype("up", up, {dtype_});
+    kCheck.device("up", up, device());
+    kCheck.that(gate.strides == up.strides, "gate and up must have the same strides, got [",
+                gate.strides[0], ", ", gate.strides[1], "] and [", up.strides[0], ", ",
+                up.strides[1], "]");
+    pack_group(group, gate, up);
+}
+
+void PackedWeights::pack_group(int64_t group, const TensorView& first, const TensorView& second) {
+    kCheck.that(group >= 0 && group < num_groups_, "group must be in [0, ", num_groups_, "), got ",
+                group);
+    kCheck.dtype("weights", first, {dtype_});
+    kCheck.device("weights", first, device());
+    const cpu::PanelLayout layout{n_, k_dim_, gated_, dtype_};
+    const cpu::PanelSource source{first.data, second.defined() ? second.data : nullptr,
+                                  first.strides[0], first.strides[1]};
+    const cpu::KernelTable& table = cpu::kernels();
+    char* target = static_cast<char*>(buffer_.data()) +
+                   static_cast<size_t>(group * group_stride_) * size_of(dtype_);
+    const auto panel_bytes =
+        static_cast<int64_t>(static_cast<size_t>(layout.panel_elements()) * size_of(dtype_));
+    cpu::parallel_ranges(layout.num_panels(), 1, [&](int64_t panel, int64_t) {
+        cpu::pack_panel(table, layout, source, panel, 0, k_dim_, target + panel * panel_bytes);
+    });
+}
+
+}  // namespace moecore

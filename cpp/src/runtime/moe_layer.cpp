@@ -1,0 +1,174 @@
+#include "moecore/moe_layer.hpp"
+
+#include "moecore/combine.hpp"
+#include "moecore/sort_by_expert.hpp"
+#include "ops/check.hpp"
+
+namespace moecore {
+namespace {
+
+const Check kCheck("MoELayer");
+
+/// Sizes of either kind of weights: [n, k] for a single matrix, [groups, n, k] otherwise.
+void check_weight(const char* name, const GroupedGemmWeights& weights,
+                  std::initializer_list<int64_t> sizes, DType dtype) {
+    kCheck.that(weights.defined(), name, " must be given, got none");
+    if (weights.packed == nullptr) {
+        kCheck.shape(name, weights.plain, sizes);
+        kCheck.dtype(name, weights.plain, {dtype});
+        return;
+    }
+    // The packed form as a tensor of its logical sizes, for the same checks and messages.
+    const PackedWeights& packed = *weights.packed;
+    void* data = const_cast<void*>(packed.data());
+    const TensorView logical =
+        sizes.size() == 2 && packed.num_groups() == 1
+            ? TensorView(data, packed.dtype(), {packed.n(), packed.k_dim()}, packed.device())
+            : TensorView(data, packed.dtype(),
+                         {packed.num_groups(), packed.n(), packed.k_dim()}, packed.device());
+    kCheck.shape(name, logical, sizes);
+    kCheck.dtype(name, logical, {dtype});
+}
+
+void check_sizes(const MoEConfig& config) {
+    kCheck.that(config.hidden_size >= 1, "hidden_size must be >= 1, got ", config.hidden_size);
+    kCheck.that(config.intermediate_size >= 1, "intermediate_size must be >= 1, got ",
+                config.intermediate_size);
+    kCheck.that(config.shared_intermediate_size >= 0, "shared_intermediate_size must be >= 0, got ",
+                config.shared_intermediate_size);
+    kCheck.that(config.first_expert >= 0 && config.num_local_experts >= 1 &&
+                    config.first_expert + config.num_local_experts <= config.num_experts,
+                "first_expert and num_local_experts must give a range within the ",
+                config.num_experts, " experts, got ", config.first_expert, " and ",
+                config.num_local_experts);
+    kCheck.that(config.dtype == DType::kFloat32 || config.dtype == DType::kBFloat16,
+                "dtype must be float32 or bfloat16, got ", name_of(config.dtype));
+    kCheck.that(is_gated(config.activation.activation),
+                "activation must be a gated one, got none");
+    check_routing("MoELayer", config.routing, config.num_experts);
+}
+
+}  // namespace
+
+MoELayer::MoELayer(const MoEConfig& config, const MoEWeights& weights)
+    : config_(config), weights_(weights) {
+    check_sizes(config);
+    const int64_t width = config.hidden_size;
+    const int64_t inner = config.intermediate_size;
+    check_weight("gate_up", weights.gate_up, {config.num_local_experts, 2 * inner, width},
+                 config.dtype);
+    check_weight("down", weights.down, {config.num_local_experts, width, inner}, config.dtype);
+    if (weights.gate_up_bias.defined())
+        kCheck.shape("gate_up_bias", weights.gate_up_bias, {config.num_local_experts, 2 * inner});
+    if (weights.down_bias.defined())
+        kCheck.shape("down_bias", weights.down_bias, {config.num_local_experts, width});
+    if (weights.selection_bias.defined())
+        kCheck.shape("selection_bias", weights.selection_bias, {config.num_experts});
+    const int64_t shared = config.shared_intermediate_size;
+    if (shared > 0) {
+        check_weight("shared_gate_up", weights.shared_gate_up, {2 * shared, width}, config.dtype);
+        check_weight("shared_down", weights.shared_down, {width, shared}, config.dtype);
+    } else {
+        kCheck.that(!weights.shared_gate_up.defined() && !weights.shared_down.defined(),
+                    "shared_intermediate_size must be > 0 with shared weights, got 0");
+    }
+    if (weights.shared_gate.defined()) {
+        kCheck.that(shared > 0, "shared_gate must come with a shared expert, got none");
+        kCheck.shape("shared_gate", weights.shared_gate, {1, width});
+        kCheck.dtype("shared_gate", weights.shared_gate, {config.dtype});
+    }
+}
+
+size_t MoELayer::workspace_bytes(int64_t max_tokens) const {
+    const auto bytes = Workspace::bytes_for;
+    const int64_t rows = max_tokens * config_.routing.top_k;
+    size_t total = bytes(DType::kInt32, {rows}) + bytes(DType::kFloat32, {rows}) +
+                   2 * bytes(DType::kInt32, {rows}) +
+                   bytes(DType::kInt64, {config_.num_local_experts + 1}) +
+                   bytes(config_.dtype, {rows, config_.intermediate_size}) +
+                   bytes(config_.dtype, {rows, config_.hidden_size});
+    if (config_.shared_intermediate_size > 0)
+        total += bytes(config_.dtype, {max_tokens, config_.shared_intermediate_size}) +
+                 bytes(config_.dtype, {max_tokens, config_.hidden_size}) +
+                 2 * bytes(DType::kFloat32, {max_tokens}) + bytes(DType::kInt32, {max_tokens});
+    return total;
+}
+
+void MoELayer::forward(const TensorView& hidden_states, const TensorView& router_logits,
+                       const TensorView& output, Workspace& workspace, Stream stream) const {
+    kCheck.shape("hidden_states", hidden_states, {Check::kAny, config_.hidden_size});
+    const int64_t num_tokens = hidden_states.shape[0];
+    kCheck.shape("router_logits", router_logits, {num_tokens, config_.num_experts});
+    workspace.reset();
+    const int64_t top_k = config_.routing.top_k;
+    const TensorView topk_ids = workspace.take(DType::kInt32, {num_tokens, top_k});
+    const TensorView topk_weights = workspace.take(DType::kFloat32, {num_tokens, top_k});
+    topk_routing(router_logits, weights_.selection_bias, config_.routing, topk_ids, topk_weights,
+                 stream);
+    run_experts(hidden_states, topk_ids, topk_weights, output, workspace, stream);
+}
+
+void MoELayer::forward_routed(const TensorView& hidden_states, const TensorView& topk_ids,
+                              const TensorView& topk_weights, const TensorView& output,
+                              Workspace& workspace, Stream stream) const {
+    kCheck.shape("hidden_states", hidden_states, {Check::kAny, config_.hidden_size});
+    kCheck.shape("topk_ids", topk_ids, {hidden_states.shape[0], config_.routing.top_k});
+    workspace.reset();
+    run_experts(hidden_states, topk_ids, topk_weights, output, workspace, stream);
+}
+
+void MoELayer::run_experts(const TensorView& hidden_states, const TensorView& topk_ids,
+                           const TensorView& topk_weights, const TensorView& output,
+                           Workspace& workspace, Stream stream) const {
+    kCheck.dtype("hidden_states", hidden_states, {config_.dtype});
+    kCheck.dtype("output", output, {config_.dtype});
+    kCheck.shape("output", output, {hidden_states.shape[0], config_.hidden_size});
+    kCheck.no_overlap("output", output, "hidden_states", hidden_states);
+    const int64_t num_slots = topk_ids.num_elements();
+    const int top_k = config_.routing.top_k;
+
+    // 1. Sort the slots by expert.
+    const TensorView sorted_slots = workspace.take(DType::kInt32, {num_slots});
+    const TensorView slot_to_row = workspace.take(DType::kInt32, {num_slots});
+    const TensorView expert_offsets =
+        workspace.take(DType::kInt64, {config_.num_local_experts + 1});
+    sort_by_expert(topk_ids, config_.first_expert, sorted_slots, slot_to_row, expert_offsets,
+                   stream);
+
+    // 2. Both GEMMs of the experts; the gather happens inside the first.
+    const TensorView inner = workspace.take(config_.dtype, {num_slots, config_.intermediate_size});
+    const TensorView rows = workspace.take(config_.dtype, {num_slots, config_.hidden_size});
+    grouped_gemm(hidden_states, weights_.gate_up, weights_.gate_up_bias, expert_offsets,
+                 sorted_slots, top_k, config_.activation, inner, stream);
+    grouped_gemm(inner, weights_.down, weights_.down_bias, expert_offsets, {}, 1, {}, rows,
+                 stream);
+
+    // 3. The shared expert, then every token's sum.
+    TensorView shared_scale;
+    const TensorView shared = run_shared(hidden_states, shared_scale, workspace, stream);
+    combine(rows, slot_to_row, topk_weights, shared, shared_scale, output, stream);
+}
+
+TensorView MoELayer::run_shared(const TensorView& hidden_states, TensorView& shared_scale,
+                                Workspace& workspace, Stream stream) const {
+    if (config_.shared_intermediate_size == 0) return {};
+    const int64_t num_tokens = hidden_states.shape[0];
+    const TensorView inner =
+        workspace.take(config_.dtype, {num_tokens, config_.shared_intermediate_size});
+    const TensorView output = workspace.take(config_.dtype, {num_tokens, config_.hidden_size});
+    linear(hidden_states, weights_.shared_gate_up, {}, config_.activation, inner, stream);
+    linear(inner, weights_.shared_down, {}, {}, output, stream);
+    if (!weights_.shared_gate.defined()) return output;
+
+    // The sigmoid of the gate's logit is the weight of a routing over one expert.
+    const TensorView logits = workspace.take(DType::kFloat32, {num_tokens, 1});
+    const TensorView ids = workspace.take(DType::kInt32, {num_tokens, 1});
+    const TensorView scale = workspace.take(DType::kFloat32, {num_tokens, 1});
+    linear(hidden_states, weights_.shared_gate, {}, {}, logits, stream);
+    const RoutingConfig sigmoid{.score_function = ScoreFunction::kSigmoid, .renormalize = false};
+    topk_routing(logits, {}, sigmoid, ids, scale, stream);
+    shared_scale = TensorView(scale.data, DType::kFloat32, {num_tokens}, scale.device);
+    return output;
+}
+
+}  // namespace moecore

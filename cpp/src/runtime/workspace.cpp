@@ -1,0 +1,34 @@
+#include "moecore/workspace.hpp"
+
+#include "moecore/error.hpp"
+
+namespace moecore {
+namespace {
+constexpr size_t kAlignment = 256;
+}
+
+size_t Workspace::bytes_for(DType dtype, std::initializer_list<int64_t> shape) {
+    size_t bytes = size_of(dtype);
+    for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+TensorView Workspace::take(DType dtype, std::initializer_list<int64_t> shape) {
+    const size_t bytes = bytes_for(dtype, shape);
+    require(bytes <= size_bytes() - used_, "Workspace: size must be at least ", used_ + bytes,
+            " bytes for this call, got ", size_bytes());
+    void* data = static_cast<char*>(buffer_.data()) + used_;
+    used_ += bytes;
+    return TensorView(data, dtype, shape, device());
+}
+
+void Workspace::grow(size_t bytes) {
+    if (bytes > size_bytes()) {
+        const Device where = device();
+        buffer_ = Buffer();  // free first, so that the peak is the new size alone
+        buffer_ = Buffer(where, bytes);
+    }
+    reset();
+}
+
+}  // namespace moecore

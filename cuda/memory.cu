@@ -1,0 +1,54 @@
+// Memory of one GPU, and the toolkit's version.
+//
+//   reads   nothing
+//   writes  nothing: allocated memory is uninitialised
+//
+// No kernels, any architecture. cudaMalloc and cudaFree may wait for the device: not for hot paths.
+
+#include "moecore/kernels/memory.hpp"
+
+#include "common/launch.cuh"
+
+namespace moecore::cuda {
+namespace {
+
+/// Makes `device` current, and the previous device again at the end of the scope.
+class CurrentDevice {
+public:
+    explicit CurrentDevice(int device) {
+        check(cudaGetDevice(&previous_), "cudaGetDevice");
+        check(cudaSetDevice(device), "cudaSetDevice");
+    }
+    ~CurrentDevice() { cudaSetDevice(previous_); }
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+private:
+    int previous_ = 0;
+};
+
+}  // namespace
+
+void* allocate(int device, size_t bytes) {
+    const CurrentDevice current(device);
+    void* data = nullptr;
+    check(cudaMalloc(&data, bytes),
+          concat("cudaMalloc of ", bytes, " bytes on cuda:", device).c_str());
+    return data;
+}
+
+void deallocate(void* data, int device) noexcept {
+    if (data == nullptr) return;
+    // At process exit the driver may be gone before the last buffer, and its memory with it: a
+    // failure here has no one to tell and nothing to undo.
+    int previous = 0;
+    if (cudaGetDevice(&previous) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return;
+    cudaFree(data);
+    cudaSetDevice(previous);
+}
+
+std::string toolkit_version() {
+    return concat(CUDART_VERSION / 1000, '.', CUDART_VERSION % 1000 / 10);
+}
+
+}  // namespace moecore::cuda
