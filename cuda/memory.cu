@@ -10,27 +10,16 @@
 #include "common/launch.cuh"
 
 namespace moecore::cuda {
-namespace {
 
-/// Makes `device` current, and the previous device again at the end of the scope.
-class CurrentDevice {
-public:
-    explicit CurrentDevice(int device) {
-        check(cudaGetDevice(&previous_), "cudaGetDevice");
-        check(cudaSetDevice(device), "cudaSetDevice");
-    }
-    ~CurrentDevice() { cudaSetDevice(previous_); }
-    CurrentDevice(const CurrentDevice&) = delete;
-    CurrentDevice& operator=(const CurrentDevice&) = delete;
+DeviceScope::DeviceScope(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+}
 
-private:
-    int previous_ = 0;
-};
-
-}  // namespace
+DeviceScope::~DeviceScope() { cudaSetDevice(previous_); }
 
 void* allocate(int device, size_t bytes) {
-    const CurrentDevice current(device);
+    const DeviceScope scope(device);
     void* data = nullptr;
     check(cudaMalloc(&data, bytes),
           concat("cudaMalloc of ", bytes, " bytes on cuda:", device).c_str());

@@ -25,6 +25,9 @@ void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_ex
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
 
+DeviceScope::DeviceScope(int) {}
+DeviceScope::~DeviceScope() {}
+
 void* allocate(int, size_t) { throw_no_cuda("allocate"); }
 void deallocate(void*, int) noexcept {}
 std::string toolkit_version() { return ""; }

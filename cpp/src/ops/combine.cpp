@@ -1,6 +1,7 @@
 #include "moecore/combine.hpp"
 
 #include "moecore/kernels/combine.hpp"
+#include "moecore/kernels/memory.hpp"
 #include "ops/check.hpp"
 
 namespace moecore {
@@ -81,7 +82,10 @@ void combine(const TensorView& expert_rows, const TensorView& slot_to_row,
     };
     switch (device.type) {
         case DeviceType::kCpu: return cpu::combine(args);
-        case DeviceType::kCuda: return cuda::combine(args, stream);
+        case DeviceType::kCuda: {
+            const cuda::DeviceScope scope(device.index);
+            return cuda::combine(args, stream);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "moecore/kernels/grouped_gemm.hpp"
+#include "moecore/kernels/memory.hpp"
 #include "ops/check.hpp"
 
 namespace moecore {
@@ -104,7 +105,10 @@ void check_config(const Check& check, const GroupedGemmConfig& config) {
 void run(const GroupedGemmArgs& args, Device device, Stream stream) {
     switch (device.type) {
         case DeviceType::kCpu: return cpu::grouped_gemm(args);
-        case DeviceType::kCuda: return cuda::grouped_gemm(args, stream);
+        case DeviceType::kCuda: {
+            const cuda::DeviceScope scope(device.index);
+            return cuda::grouped_gemm(args, stream);
+        }
     }
 }
 

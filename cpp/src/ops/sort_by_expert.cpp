@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "moecore/kernels/memory.hpp"
 #include "moecore/kernels/sort_by_expert.hpp"
 #include "moecore/topk_routing.hpp"
 #include "ops/check.hpp"
@@ -52,7 +53,10 @@ void sort_by_expert(const TensorView& topk_ids, int64_t first_expert,
     };
     switch (topk_ids.device.type) {
         case DeviceType::kCpu: return cpu::sort_by_expert(args);
-        case DeviceType::kCuda: return cuda::sort_by_expert(args, stream);
+        case DeviceType::kCuda: {
+            const cuda::DeviceScope scope(topk_ids.device.index);
+            return cuda::sort_by_expert(args, stream);
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "moecore/kernels/memory.hpp"
 #include "moecore/kernels/topk_routing.hpp"
 #include "ops/check.hpp"
 
@@ -72,7 +73,10 @@ void topk_routing(const TensorView& router_logits, const TensorView& selection_b
     };
     switch (router_logits.device.type) {
         case DeviceType::kCpu: return cpu::topk_routing(args);
-        case DeviceType::kCuda: return cuda::topk_routing(args, stream);
+        case DeviceType::kCuda: {
+            const cuda::DeviceScope scope(router_logits.device.index);
+            return cuda::topk_routing(args, stream);
+        }
     }
 }
 

@@ -1,0 +1,82 @@
+"""What must be the same on every device, and what a build without CUDA answers."""
+
+import pytest
+import torch
+
+import moecore
+from moecore import ops
+
+HAS_CUDA = torch.cuda.is_available() and moecore.build_info()["has_cuda"]
+needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU and a build with CUDA kernels")
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"renormalize": True},
+        {"renormalize": False},
+        {"score_function": "sigmoid"},
+        {"score_function": "sqrtsoftplus", "scale": 1.5},
+        {"score_function": "raw_logits"},
+        {"group_limit": "max", "num_groups": 8, "topk_group": 3, "renormalize": False},
+        {
+            "score_function": "sigmoid",
+            "group_limit": "top2_sum",
+            "num_groups": 8,
+            "topk_group": 4,
+            "norm_epsilon": 1e-20,
+            "scale": 2.5,
+        },
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("num_experts", [8, 160, 256, 1024])
+def test_routing_has_the_same_bits_on_the_cpu_and_the_gpu(num_experts, options, dtype):
+    generator = torch.Generator().manual_seed(num_experts)
+    logits = (torch.randn(513, num_experts, generator=generator) * 3).to(dtype)
+    bias = torch.randn(num_experts, generator=generator) if options.get("scale") else None
+    top_k = min(8, num_experts // 8 * options.get("topk_group", 8))
+    got = ops.topk_routing(
+        logits.cuda(), top_k, selection_bias=None if bias is None else bias.cuda(), **options
+    )
+    want = ops.topk_routing(logits, top_k, selection_bias=bias, **options)
+    assert torch.equal(got.topk_ids.cpu(), want.topk_ids)
+    assert torch.equal(got.topk_weights.cpu(), want.topk_weights)
+
+
+@needs_cuda
+def test_the_layer_agrees_between_the_cpu_and_the_gpu_and_replays_in_a_cuda_graph():
+    torch.manual_seed(0)
+    gate_up = (torch.randn(8, 256, 192) * 0.1).bfloat16()
+    down = (torch.randn(8, 192, 128) * 0.1).bfloat16()
+    x, logits = torch.randn(65, 192).bfloat16(), torch.randn(65, 8)
+    routing = ops.RoutingConfig(top_k=2)
+    want = moecore.MoELayer(gate_up, down, routing)(x, logits)
+    layer = moecore.MoELayer(gate_up.cuda(), down.cuda(), routing)
+    x_gpu, logits_gpu = x.cuda(), logits.cuda()
+    eager = layer(x_gpu, logits_gpu)
+    # Both round the inner layer, the rows and the output to bfloat16 (2**-9 each); sums differ in
+    # order only, far below that.
+    assert (eager.cpu().float() - want.float()).norm() <= 2**-8 * want.float().norm()
+
+    out = torch.empty_like(x_gpu)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(x_gpu, logits_gpu, out=out)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, eager)
+
+
+@needs_cuda
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match=r"bias must be on cuda:0, got cpu"):
+        ops.linear(torch.ones(2, 4).cuda(), torch.ones(3, 4).cuda(), torch.ones(3))
+
+
+def test_prepare_weights_names_the_device_it_cannot_take():
+    with pytest.raises(moecore.UnsupportedError, match="must be on the CPU, got meta"):
+        ops.prepare_weights(torch.empty(1, 4, 4, device="meta"))
