@@ -3,8 +3,8 @@
 //   bytes  the weights of the experts that this routing touches, hidden states and output
 //   flops  6 * T * k * H * I
 //
-// Several layers of random weights take turns, so that every run finds its weights in memory, not in
-// a cache. Every token is random: tokens that agree would all choose the same experts.
+// Several layers of random weights take turns, so that every run finds its weights in memory, not
+// in a cache. Every token is random: tokens that agree would all choose the same experts.
 
 #include <algorithm>
 #include <memory>
@@ -92,8 +92,7 @@ int main(int argc, char** argv) {
             Workspace workspace({}, layers[0].layer->workspace_bytes(tokens));
             const OwnedTensor hidden =
                 random_tensor(DType::kBFloat16, {tokens, shape.hidden_size}, 1.0f, 7);
-            const OwnedTensor output =
-                empty_tensor(DType::kBFloat16, {tokens, shape.hidden_size});
+            const OwnedTensor output = empty_tensor(DType::kBFloat16, {tokens, shape.hidden_size});
             std::vector<OwnedTensor> logits;
             double active = 0;
             for (int l = 0; l < 8; ++l) {
@@ -118,16 +117,15 @@ int main(int argc, char** argv) {
             const double flops = 6.0 * static_cast<double>(tokens * shape.top_k) *
                                  static_cast<double>(shape.hidden_size) *
                                  static_cast<double>(shape.intermediate_size);
-            const double floor_us = std::max(bytes / sample.read_gbps / 1e3,
-                                             peak > 0 ? flops / peak / 1e3 : 0.0);
+            const double floor_us =
+                std::max(bytes / sample.read_gbps / 1e3, peak > 0 ? flops / peak / 1e3 : 0.0);
             run(0);
             const bool correct = check_layer(shape, 0, hidden.view, logits[0].view, output.view);
             report.row({shape.name, std::to_string(tokens), format(active, 1),
-                        format(bytes / 1e6, 1), format(flops / 1e9, 2),
-                        format(sample.read_gbps, 1), format(floor_us, 1), format(time_us, 1),
-                        format(time_us / floor_us, 2), format(bytes / time_us / 1e3, 1),
-                        format(flops / time_us / 1e3, 1), format(sample.spread, 2),
-                        correct ? "yes" : "NO"});
+                        format(bytes / 1e6, 1), format(flops / 1e9, 2), format(sample.read_gbps, 1),
+                        format(floor_us, 1), format(time_us, 1), format(time_us / floor_us, 2),
+                        format(bytes / time_us / 1e3, 1), format(flops / time_us / 1e3, 1),
+                        format(sample.spread, 2), correct ? "yes" : "NO"});
         }
     }
     return 0;

@@ -58,11 +58,11 @@ Options parse_options(int argc, char** argv, std::vector<int64_t> default_tokens
 
 const std::vector<LayerShape>& layer_shapes() {
     static const std::vector<LayerShape> shapes = {
-        {"small-many", 1024, 512, 32, 8},   // a Qwen3-MoE in small
-        {"small-few", 1024, 2048, 8, 2},    // a Mixtral in small
+        {"small-many", 1024, 512, 32, 8},  // a Qwen3-MoE in small
+        {"small-few", 1024, 2048, 8, 2},   // a Mixtral in small
         {"qwen3-30b-a3b", 2048, 768, 128, 8},
-        {"mixtral-8x7b/2", 4096, 14336, 4, 2},   // 4 of its 8 experts
-        {"deepseek-v3/16", 7168, 2048, 16, 8},   // 16 of its 256 experts
+        {"mixtral-8x7b/2", 4096, 14336, 4, 2},  // 4 of its 8 experts
+        {"deepseek-v3/16", 7168, 2048, 16, 8},  // 16 of its 256 experts
         {"gpt-oss-20b", 2880, 2880, 32, 4},
     };
     return shapes;
@@ -125,8 +125,7 @@ Sample measure(int repeats, BandwidthProbe& probe, const std::function<void(int)
     Sample sample;
     sample.time_us = median(times);
     std::sort(times.begin(), times.end());
-    sample.spread =
-        (times[times.size() * 3 / 4] - times[times.size() / 4]) / sample.time_us;
+    sample.spread = (times[times.size() * 3 / 4] - times[times.size() / 4]) / sample.time_us;
     sample.read_gbps = median(bandwidths);
     return sample;
 }

@@ -33,7 +33,7 @@ __attribute__((target("avx512f"))) uint64_t sum_avx512(const char* p, size_t byt
     return lanes[0] ^ lanes[7];
 }
 
-constexpr int kChains = 24;        ///< independent sums: more than latency times throughput
+constexpr int kChains = 24;  ///< independent sums: more than latency times throughput
 constexpr int64_t kSteps = 200000;
 
 __attribute__((target("avx512f,avx512bf16"))) float burn_bf16(int64_t steps) {
@@ -43,7 +43,10 @@ __attribute__((target("avx512f,avx512bf16"))) float burn_bf16(int64_t steps) {
     const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 24
-        for (int j = 0; j < kChains; ++j) sum[j] = _mm512_dpbf16_ps(sum[j], x, x);
+        for (int j = 0; j < kChains; ++j) {
+            sum[j] = _mm512_dpbf16_ps(sum[j], x, x);
+            asm volatile("" : "+v"(sum[j]));  // equal chains must stay separate
+        }
     }
 #pragma GCC unroll 24
     for (int j = 1; j < kChains; ++j) sum[0] = _mm512_add_ps(sum[0], sum[j]);
@@ -57,7 +60,10 @@ __attribute__((target("avx512f"))) float burn_f32_avx512(int64_t steps) {
     const __m512 x = _mm512_set1_ps(1.0f);
     for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 24
-        for (int j = 0; j < kChains; ++j) sum[j] = _mm512_fmadd_ps(x, x, sum[j]);
+        for (int j = 0; j < kChains; ++j) {
+            sum[j] = _mm512_fmadd_ps(x, x, sum[j]);
+            asm volatile("" : "+v"(sum[j]));
+        }
     }
 #pragma GCC unroll 24
     for (int j = 1; j < kChains; ++j) sum[0] = _mm512_add_ps(sum[0], sum[j]);
@@ -71,7 +77,10 @@ __attribute__((target("avx2,fma"))) float burn_f32_avx2(int64_t steps) {
     const __m256 x = _mm256_set1_ps(1.0f);
     for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 12
-        for (int j = 0; j < kChains / 2; ++j) sum[j] = _mm256_fmadd_ps(x, x, sum[j]);
+        for (int j = 0; j < kChains / 2; ++j) {
+            sum[j] = _mm256_fmadd_ps(x, x, sum[j]);
+            asm volatile("" : "+v"(sum[j]));
+        }
     }
 #pragma GCC unroll 12
     for (int j = 1; j < kChains / 2; ++j) sum[0] = _mm256_add_ps(sum[0], sum[j]);

@@ -57,7 +57,7 @@ __device__ void store(const float (&sum)[kCount], void* output, int64_t offset) 
 
 template <typename Row, int kCount>
 __global__ void __launch_bounds__(kThreads)
-combine_kernel(const __grid_constant__ CombineArgs args) {
+    combine_kernel(const __grid_constant__ CombineArgs args) {
     const int64_t token = blockIdx.x;
     const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kCount;
     if (column >= args.hidden_size) return;
@@ -100,8 +100,8 @@ void launch(const CombineArgs& args, Stream stream) {
     const bool use_vectors =
         args.hidden_size % kCount == 0 &&
         is_aligned(args.expert_rows, args.rows_stride, args.rows_dtype, kVectorBytes) &&
-        is_aligned(args.shared_output, args.shared_output ? args.shared_stride : 0,
-                   args.rows_dtype, kVectorBytes) &&
+        is_aligned(args.shared_output, args.shared_output ? args.shared_stride : 0, args.rows_dtype,
+                   kVectorBytes) &&
         is_aligned(args.output, args.output_stride, args.output_dtype, kVectorBytes);
     const auto kernel = use_vectors ? combine_kernel<Row, kCount> : combine_kernel<Row, 1>;
     const int64_t columns_per_block = int64_t{kThreads} * (use_vectors ? kCount : 1);

@@ -37,8 +37,8 @@ __device__ int inclusive_sum(int x, int lane) {
     return x;
 }
 
-__global__ void __launch_bounds__(kMaxWarps * kWarpSize)
-sort_by_expert_kernel(const __grid_constant__ SortByExpertArgs args) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+    sort_by_expert_kernel(const __grid_constant__ SortByExpertArgs args) {
     extern __shared__ int32_t counters[];  // [num_warps, E_local]
     const int num_warps = blockDim.x / kWarpSize;
     const int num_experts = args.num_local_experts;
@@ -109,9 +109,9 @@ void sort_by_expert(const SortByExpertArgs& args, Stream stream) {
     if (args.num_local_experts > kCounters)
         throw UnsupportedError(concat("sort_by_expert: more than ", kCounters, " local experts"));
     // As many warps as have counters, but no more than one for every 32 slots.
-    const int64_t num_warps = std::clamp<int64_t>(
-        ceil_div(args.num_slots, kWarpSize), 1,
-        std::min(kMaxWarps, kCounters / args.num_local_experts));
+    const int64_t num_warps =
+        std::clamp<int64_t>(ceil_div(args.num_slots, kWarpSize), 1,
+                            std::min(kMaxWarps, kCounters / args.num_local_experts));
     const size_t shared_bytes =
         static_cast<size_t>(num_warps) * args.num_local_experts * sizeof(int32_t);
     sort_by_expert_kernel<<<1, static_cast<unsigned>(num_warps * kWarpSize), shared_bytes,

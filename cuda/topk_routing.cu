@@ -147,8 +147,8 @@ __device__ void limit_groups(const RoutingConfig& config, int num_experts, int l
 }
 
 template <int kPerLane, typename Logit>
-__global__ void __launch_bounds__(kWarpsPerBlock * kWarpSize)
-topk_routing_kernel(const __grid_constant__ TopkRoutingArgs args, const bool choose_on_scores) {
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
+    topk_routing_kernel(const __grid_constant__ TopkRoutingArgs args, const bool choose_on_scores) {
     __shared__ int32_t shared_key[kWarpsPerBlock][kPerLane * kWarpSize];
     const RoutingConfig& config = args.config;
     const int lane = threadIdx.x % kWarpSize;

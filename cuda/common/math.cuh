@@ -118,10 +118,14 @@ __device__ inline float gelu_tanh(float gate) {
 
 __device__ inline float activate(float gate, float up, const GroupedGemmConfig& config) {
     switch (config.activation) {
-        case Activation::kSwiglu: return __fmul_rn(__fmul_rn(gate, sigmoid(gate)), up);
-        case Activation::kClampedSwiglu: return clamped_swiglu(gate, up, config);
-        case Activation::kGeluTanh: return __fmul_rn(gelu_tanh(gate), up);
-        case Activation::kNone: break;
+        case Activation::kSwiglu:
+            return __fmul_rn(__fmul_rn(gate, sigmoid(gate)), up);
+        case Activation::kClampedSwiglu:
+            return clamped_swiglu(gate, up, config);
+        case Activation::kGeluTanh:
+            return __fmul_rn(gelu_tanh(gate), up);
+        case Activation::kNone:
+            break;
     }
     return gate;
 }

@@ -82,7 +82,7 @@ __device__ void store_output(const GroupedGemmArgs& args, int64_t row, int64_t c
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-grouped_gemm_kernel(const __grid_constant__ GroupedGemmArgs args) {
+    grouped_gemm_kernel(const __grid_constant__ GroupedGemmArgs args) {
     // One column of padding keeps a warp's transposed stores in different banks.
     __shared__ float input_tile[BLOCK_K][BLOCK_M + 1];
     __shared__ float weight_tile[BLOCK_K][BLOCK_N + 1];
@@ -102,8 +102,7 @@ grouped_gemm_kernel(const __grid_constant__ GroupedGemmArgs args) {
     }
     for (int i = threadIdx.x; i < BLOCK_N; i += kThreads) {
         const int64_t row = weight_row(args, column_tile, i);
-        weight_offset[i] =
-            row < args.n ? tile.group * args.group_stride + row * args.n_stride : -1;
+        weight_offset[i] = row < args.n ? tile.group * args.group_stride + row * args.n_stride : -1;
     }
 
     // 2. Multiply, one slice along K after the other.

@@ -9,10 +9,10 @@ namespace moecore {
 struct BuildInfo {
     std::string version;
     std::string compiler;
-    bool has_cuda = false;                 ///< built with nvcc
-    std::string cuda_version;              ///< of the toolkit, empty without CUDA
-    std::vector<std::string> cpu_isas;     ///< compiled in and supported here, slowest first
-    std::string cpu_isa;                   ///< in use: the last of them, or MOECORE_CPU_ISA
+    bool has_cuda = false;              ///< built with nvcc
+    std::string cuda_version;           ///< of the toolkit, empty without CUDA
+    std::vector<std::string> cpu_isas;  ///< compiled in and supported here, slowest first
+    std::string cpu_isa;                ///< in use: the last of them, or MOECORE_CPU_ISA
 };
 
 /// Throws InvalidArgument if MOECORE_CPU_ISA names an instruction set that is not in `cpu_isas`.

@@ -8,8 +8,8 @@ namespace moecore {
 /// Adds each token's expert rows, and the shared expert's:
 ///
 ///     sum       = 0
-///     sum       = fma(topk_weights[t, j], expert_rows[slot_to_row[t * k + j]], sum)  j = 0 .. k - 1
-///     sum       = fma(shared_scale[t], shared_output[t], sum)        (scale 1 when absent)
+///     sum       = fma(topk_weights[t, j], expert_rows[slot_to_row[t * k + j]], sum)  j = 0 .. k -
+///     1 sum       = fma(shared_scale[t], shared_output[t], sum)        (scale 1 when absent)
 ///     output[t] = sum, rounded once
 ///
 /// all in float32 and in this order, on every device. Dropped slots (-1) add nothing.

@@ -36,7 +36,7 @@ struct GroupedGemmConfig {
 
 /// Weights of a grouped_gemm: a plain tensor or a packed one. Borrows either.
 struct GroupedGemmWeights {
-    TensorView plain;                      ///< [G, N, K], K or N contiguous
+    TensorView plain;                       ///< [G, N, K], K or N contiguous
     const PackedWeights* packed = nullptr;  ///< used if not nullptr
 
     GroupedGemmWeights() = default;
@@ -48,9 +48,9 @@ struct GroupedGemmWeights {
 /// output[r] = activation(input_row(r) @ weights[g].T + bias[g]) for the rows r of each group g,
 /// expert_offsets[g] <= r < expert_offsets[g + 1]. Rows outside every group are not written.
 ///
-/// input_row(r) is input[r], or input[sorted_slots[r] / slots_per_token] when sorted_slots is given:
-/// the gather happens inside. Accumulates in float32 along K in one fixed order, so a row's bits
-/// depend on that row and its weights only: not on T, the other rows, the thread count or the
+/// input_row(r) is input[r], or input[sorted_slots[r] / slots_per_token] when sorted_slots is
+/// given: the gather happens inside. Accumulates in float32 along K in one fixed order, so a row's
+/// bits depend on that row and its weights only: not on T, the other rows, the thread count or the
 /// weights' layout.
 ///
 /// input           [X, K] float32 or bfloat16, rows contiguous

@@ -18,9 +18,9 @@ struct MoEConfig {
     int first_expert = 0;           ///< this rank's experts are first_expert .. + E_local - 1
     int num_local_experts = 0;      ///< E_local
     RoutingConfig routing;
-    GroupedGemmConfig activation;             ///< of the experts and the shared expert
-    int64_t shared_intermediate_size = 0;     ///< of the shared expert; 0 for none
-    DType dtype = DType::kBFloat16;           ///< of weights, hidden states and output
+    GroupedGemmConfig activation;          ///< of the experts and the shared expert
+    int64_t shared_intermediate_size = 0;  ///< of the shared expert; 0 for none
+    DType dtype = DType::kBFloat16;        ///< of weights, hidden states and output
 };
 
 /// A layer's weights, borrowed: they must outlive the layer. H, I, E as in MoEConfig, S the shared
@@ -63,8 +63,8 @@ public:
 
 private:
     void run_experts(const TensorView& hidden_states, const TensorView& topk_ids,
-                     const TensorView& topk_weights, const TensorView& output,
-                     Workspace& workspace, Stream stream) const;
+                     const TensorView& topk_weights, const TensorView& output, Workspace& workspace,
+                     Stream stream) const;
     /// The shared expert's output [T, H] and, with a gate, its scale [T]; absent without one.
     TensorView run_shared(const TensorView& hidden_states, TensorView& shared_scale,
                           Workspace& workspace, Stream stream) const;

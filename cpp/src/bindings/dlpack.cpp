@@ -16,8 +16,8 @@ struct KnownType {
 };
 
 const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
-    const auto attribute = py::reinterpret_steal<py::object>(PyObject_GetAttrString(
-        reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__"));
+    const auto attribute = py::reinterpret_steal<py::object>(
+        PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__"));
     if (!attribute) {
         PyErr_Clear();
         return nullptr;
@@ -53,10 +53,11 @@ DType to_dtype(dlpack::DataType type, const char* op, const char* name) {
         if (type.code == dlpack::kInt && type.bits == 32) return DType::kInt32;
         if (type.code == dlpack::kInt && type.bits == 64) return DType::kInt64;
     }
-    static const char* const kCodes[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
-    throw InvalidArgument(
-        concat(op, ": ", name, " must be float32, bfloat16, int32 or int64, got ",
-               type.code < 7 ? kCodes[type.code] : "type ", static_cast<int>(type.bits)));
+    static const char* const kCodes[] = {"int",    "uint",    "float", "opaque",
+                                         "bfloat", "complex", "bool"};
+    throw InvalidArgument(concat(op, ": ", name, " must be float32, bfloat16, int32 or int64, got ",
+                                 type.code < 7 ? kCodes[type.code] : "type ",
+                                 static_cast<int>(type.bits)));
 }
 
 TensorView to_view(const dlpack::Tensor& tensor, const char* op, const char* name) {
@@ -64,11 +65,17 @@ TensorView to_view(const dlpack::Tensor& tensor, const char* op, const char* nam
     view.dtype = to_dtype(tensor.dtype, op, name);
     switch (tensor.device.type) {
         case dlpack::kCpu:
-        case dlpack::kCudaHost: view.device = {DeviceType::kCpu, 0}; break;
-        case dlpack::kCuda: view.device = {DeviceType::kCuda, tensor.device.index}; break;
+        case dlpack::kCudaHost:
+            view.device = {DeviceType::kCpu, 0};
+            break;
+        case dlpack::kCuda:
+            view.device = {DeviceType::kCuda, tensor.device.index};
+            break;
         default:
-            throw InvalidArgument(concat(op, ": ", name, " must be on the CPU or a CUDA device, got "
-                                         "DLPack device type ", tensor.device.type));
+            throw InvalidArgument(concat(op, ": ", name,
+                                         " must be on the CPU or a CUDA device, got "
+                                         "DLPack device type ",
+                                         tensor.device.type));
     }
     require(tensor.rank <= kMaxRank, op, ": ", name, " must have at most ", kMaxRank,
             " dimensions, got ", tensor.rank);

@@ -1,6 +1,7 @@
 #pragma once
 
-// How Python's arrays become TensorViews: DLPack (https://dmlc.github.io/dlpack). A type that offers
+// How Python's arrays become TensorViews: DLPack (https://dmlc.github.io/dlpack). A type that
+// offers
 // __dlpack_c_exchange_api__ (torch >= 2.10) is read by one C call; any other through __dlpack__().
 
 #include <pybind11/pybind11.h>

@@ -32,9 +32,8 @@ public:
         const TensorArg ids(topk_ids, kOp, "topk_ids");
         const TensorArg weights(topk_weights, kOp, "topk_weights");
         const TensorArg out(output, kOp, "output");
-        run(x, [&] {
-            layer_.forward_routed(x, ids, weights, out, workspace_, x.current_stream());
-        });
+        run(x,
+            [&] { layer_.forward_routed(x, ids, weights, out, workspace_, x.current_stream()); });
     }
 
 private:
@@ -72,7 +71,8 @@ private:
         views.shared_gate_up = weights("shared_gate_up");
         views.shared_down = weights("shared_down");
         views.shared_gate = tensor("shared_gate");
-        device_ = views.gate_up.packed ? views.gate_up.packed->device() : views.gate_up.plain.device;
+        device_ =
+            views.gate_up.packed ? views.gate_up.packed->device() : views.gate_up.plain.device;
         return views;
     }
 

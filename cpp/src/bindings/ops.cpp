@@ -52,8 +52,7 @@ void bind_packed_weights(py::module_& module) {
                                [](const PackedWeights& self) { return name_of(self.dtype()); })
         .def_property_readonly("shape",
                                [](const PackedWeights& self) {
-                                   return py::make_tuple(self.num_groups(), self.n(),
-                                                         self.k_dim());
+                                   return py::make_tuple(self.num_groups(), self.n(), self.k_dim());
                                })
         .def_property_readonly("gated", &PackedWeights::gated)
         .def_property_readonly("nbytes", &PackedWeights::size_bytes);
@@ -105,15 +104,19 @@ void bind_ops(py::module_& module) {
         .def(py::init([](int top_k, const std::string& score_function, bool renormalize,
                          float scale, float norm_epsilon, float norm_min,
                          const std::string& group_limit, int num_groups, int topk_group) {
-                 return RoutingConfig{top_k,        score_function_named(score_function),
-                                      renormalize,  scale,
-                                      norm_epsilon, norm_min,
-                                      group_limit_named(group_limit), num_groups, topk_group};
+                 return RoutingConfig{top_k,
+                                      score_function_named(score_function),
+                                      renormalize,
+                                      scale,
+                                      norm_epsilon,
+                                      norm_min,
+                                      group_limit_named(group_limit),
+                                      num_groups,
+                                      topk_group};
              }),
              py::kw_only(), py::arg("top_k"), py::arg("score_function") = "softmax",
-             py::arg("renormalize") = true, py::arg("scale") = 1.0f,
-             py::arg("norm_epsilon") = 0.0f, py::arg("norm_min") = 0.0f,
-             py::arg("group_limit") = "none", py::arg("num_groups") = 1,
+             py::arg("renormalize") = true, py::arg("scale") = 1.0f, py::arg("norm_epsilon") = 0.0f,
+             py::arg("norm_min") = 0.0f, py::arg("group_limit") = "none", py::arg("num_groups") = 1,
              py::arg("topk_group") = 1)
         .def_readonly("top_k", &RoutingConfig::top_k);
 
@@ -127,49 +130,48 @@ void bind_ops(py::module_& module) {
              }),
              py::kw_only(), py::arg("activation") = "none", py::arg("interleaved") = false,
              py::arg("alpha") = 1.702f, py::arg("limit") = 7.0f, py::arg("up_offset") = 1.0f)
-        .def_property_readonly("gated", [](const GroupedGemmConfig& self) {
-            return is_gated(self.activation);
-        });
+        .def_property_readonly(
+            "gated", [](const GroupedGemmConfig& self) { return is_gated(self.activation); });
 
-    module.def("topk_routing", [](py::handle router_logits, py::handle selection_bias,
-                                  const RoutingConfig& config, py::handle topk_ids,
-                                  py::handle topk_weights) {
-        constexpr const char* kOp = "topk_routing";
-        const TensorArg logits(router_logits, kOp, "router_logits");
-        const TensorArg bias(selection_bias, kOp, "selection_bias", true);
-        const TensorArg ids(topk_ids, kOp, "topk_ids");
-        const TensorArg weights(topk_weights, kOp, "topk_weights");
-        py::gil_scoped_release release;
-        topk_routing(logits, bias, config, ids, weights, logits.current_stream());
-    });
+    module.def("topk_routing",
+               [](py::handle router_logits, py::handle selection_bias, const RoutingConfig& config,
+                  py::handle topk_ids, py::handle topk_weights) {
+                   constexpr const char* kOp = "topk_routing";
+                   const TensorArg logits(router_logits, kOp, "router_logits");
+                   const TensorArg bias(selection_bias, kOp, "selection_bias", true);
+                   const TensorArg ids(topk_ids, kOp, "topk_ids");
+                   const TensorArg weights(topk_weights, kOp, "topk_weights");
+                   py::gil_scoped_release release;
+                   topk_routing(logits, bias, config, ids, weights, logits.current_stream());
+               });
 
-    module.def("sort_by_expert", [](py::handle topk_ids, int64_t first_expert,
-                                    py::handle sorted_slots, py::handle slot_to_row,
-                                    py::handle expert_offsets) {
-        constexpr const char* kOp = "sort_by_expert";
-        const TensorArg ids(topk_ids, kOp, "topk_ids");
-        const TensorArg slots(sorted_slots, kOp, "sorted_slots");
-        const TensorArg rows(slot_to_row, kOp, "slot_to_row");
-        const TensorArg offsets(expert_offsets, kOp, "expert_offsets");
-        py::gil_scoped_release release;
-        sort_by_expert(ids, first_expert, slots, rows, offsets, ids.current_stream());
-    });
+    module.def("sort_by_expert",
+               [](py::handle topk_ids, int64_t first_expert, py::handle sorted_slots,
+                  py::handle slot_to_row, py::handle expert_offsets) {
+                   constexpr const char* kOp = "sort_by_expert";
+                   const TensorArg ids(topk_ids, kOp, "topk_ids");
+                   const TensorArg slots(sorted_slots, kOp, "sorted_slots");
+                   const TensorArg rows(slot_to_row, kOp, "slot_to_row");
+                   const TensorArg offsets(expert_offsets, kOp, "expert_offsets");
+                   py::gil_scoped_release release;
+                   sort_by_expert(ids, first_expert, slots, rows, offsets, ids.current_stream());
+               });
 
-    module.def("grouped_gemm", [](py::handle input, py::handle weights, py::handle bias,
-                                  py::handle expert_offsets, py::handle sorted_slots,
-                                  int slots_per_token, const GroupedGemmConfig& config,
-                                  py::handle output) {
-        constexpr const char* kOp = "grouped_gemm";
-        const TensorArg x(input, kOp, "input");
-        const WeightsArg w(weights, kOp, "weights");
-        const TensorArg b(bias, kOp, "bias", true);
-        const TensorArg offsets(expert_offsets, kOp, "expert_offsets");
-        const TensorArg slots(sorted_slots, kOp, "sorted_slots", true);
-        const TensorArg out(output, kOp, "output");
-        py::gil_scoped_release release;
-        grouped_gemm(x, w.weights(), b, offsets, slots, slots_per_token, config, out,
-                     x.current_stream());
-    });
+    module.def("grouped_gemm",
+               [](py::handle input, py::handle weights, py::handle bias, py::handle expert_offsets,
+                  py::handle sorted_slots, int slots_per_token, const GroupedGemmConfig& config,
+                  py::handle output) {
+                   constexpr const char* kOp = "grouped_gemm";
+                   const TensorArg x(input, kOp, "input");
+                   const WeightsArg w(weights, kOp, "weights");
+                   const TensorArg b(bias, kOp, "bias", true);
+                   const TensorArg offsets(expert_offsets, kOp, "expert_offsets");
+                   const TensorArg slots(sorted_slots, kOp, "sorted_slots", true);
+                   const TensorArg out(output, kOp, "output");
+                   py::gil_scoped_release release;
+                   grouped_gemm(x, w.weights(), b, offsets, slots, slots_per_token, config, out,
+                                x.current_stream());
+               });
 
     module.def("linear", [](py::handle input, py::handle weight, py::handle bias,
                             const GroupedGemmConfig& config, py::handle output) {
@@ -182,19 +184,19 @@ void bind_ops(py::module_& module) {
         linear(x, w.weights(), b, config, out, x.current_stream());
     });
 
-    module.def("combine", [](py::handle expert_rows, py::handle slot_to_row,
-                             py::handle topk_weights, py::handle shared_output,
-                             py::handle shared_scale, py::handle output) {
-        constexpr const char* kOp = "combine";
-        const TensorArg rows(expert_rows, kOp, "expert_rows");
-        const TensorArg slots(slot_to_row, kOp, "slot_to_row");
-        const TensorArg weights(topk_weights, kOp, "topk_weights");
-        const TensorArg shared(shared_output, kOp, "shared_output", true);
-        const TensorArg scale(shared_scale, kOp, "shared_scale", true);
-        const TensorArg out(output, kOp, "output");
-        py::gil_scoped_release release;
-        combine(rows, slots, weights, shared, scale, out, rows.current_stream());
-    });
+    module.def("combine",
+               [](py::handle expert_rows, py::handle slot_to_row, py::handle topk_weights,
+                  py::handle shared_output, py::handle shared_scale, py::handle output) {
+                   constexpr const char* kOp = "combine";
+                   const TensorArg rows(expert_rows, kOp, "expert_rows");
+                   const TensorArg slots(slot_to_row, kOp, "slot_to_row");
+                   const TensorArg weights(topk_weights, kOp, "topk_weights");
+                   const TensorArg shared(shared_output, kOp, "shared_output", true);
+                   const TensorArg scale(shared_scale, kOp, "shared_scale", true);
+                   const TensorArg out(output, kOp, "output");
+                   py::gil_scoped_release release;
+                   combine(rows, slots, weights, shared, scale, out, rows.current_stream());
+               });
 }
 
 }  // namespace moecore::bindings

@@ -17,6 +17,10 @@ constexpr int64_t kMaxRowsPerUnit = 240;  ///< a multiple of kMaxTileRows
 /// Plain weights are packed this much of K at a time, into a buffer that stays in cache.
 constexpr int64_t kPackedK = 512;
 
+/// Neighbouring panels go to one thread: the reads then run on from panel to panel, and what was
+/// prefetched past a panel's end is used. Enough ranges remain to even out threads' speeds.
+constexpr int64_t kRangesPerThread = 16;
+
 /// Rows begin .. begin + count - 1 of one group, for every panel.
 struct RowBlock {
     int group;
@@ -86,37 +90,36 @@ public:
           layout_{args.n, args.k_dim, is_gated(args.config.activation), args.dtype},
           element_bytes_(static_cast<int64_t>(size_of(args.dtype))) {
         const int64_t rows = kInputBytesPerUnit / (args.k_dim * element_bytes_);
-        rows_per_block_ = std::clamp<int64_t>(rows / kMaxTileRows * kMaxTileRows,
-                                              4 * kMaxTileRows, kMaxRowsPerUnit);
+        rows_per_block_ = std::clamp<int64_t>(rows / kMaxTileRows * kMaxTileRows, 4 * kMaxTileRows,
+                                              kMaxRowsPerUnit);
     }
 
     void run() const {
         const std::vector<RowBlock> blocks = cut_rows(args_, rows_per_block_);
         const int64_t num_panels = layout_.num_panels();
-        parallel_ranges(static_cast<int64_t>(blocks.size()) * num_panels, 1,
-                        [&](int64_t unit, int64_t) {
-                            multiply(blocks[static_cast<size_t>(unit / num_panels)],
-                                     unit % num_panels);
-                        });
+        const int64_t num_units = static_cast<int64_t>(blocks.size()) * num_panels;
+        const int64_t grain = std::max<int64_t>(1, num_units / (kRangesPerThread * num_threads()));
+        parallel_ranges(num_units, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t unit = begin; unit < end; ++unit)
+                multiply(blocks[static_cast<size_t>(unit / num_panels)], unit % num_panels);
+        });
     }
 
 private:
     const void* input_row(int64_t row) const {
-        const int64_t source = args_.sorted_slots
-                                   ? args_.sorted_slots[row] / args_.slots_per_token
-                                   : row;
-        return static_cast<const char*>(args_.input) +
-               source * args_.input_stride * element_bytes_;
+        const int64_t source =
+            args_.sorted_slots ? args_.sorted_slots[row] / args_.slots_per_token : row;
+        return static_cast<const char*>(args_.input) + source * args_.input_stride * element_bytes_;
     }
 
     void multiply(const RowBlock& block, int64_t panel) const {
         static thread_local Scratch scratch;
         if (args_.bias != nullptr) load_bias(args_, layout_, block.group, panel, scratch.bias);
         if (args_.is_packed) {
-            const char* packed = static_cast<const char*>(args_.weights) +
-                                 (block.group * layout_.group_elements() +
-                                  panel * layout_.panel_elements()) *
-                                     element_bytes_;
+            const char* packed =
+                static_cast<const char*>(args_.weights) +
+                (block.group * layout_.group_elements() + panel * layout_.panel_elements()) *
+                    element_bytes_;
             for_each_tile(block, [&](int64_t first, int rows) {
                 multiply_tile(block.begin + first, rows, packed, 0, args_.k_dim, scratch.sums);
                 store(block.begin + first, rows, panel, scratch.sums, scratch.bias);
@@ -154,14 +157,11 @@ private:
 
     void multiply_tile(int64_t first_row, int num_rows, const void* panel, int64_t k_begin,
                        int64_t k_count, float* sums) const {
-        GemmTile tile{.rows = {},
-                      .panel = panel,
-                      .k_dim = k_count,
-                      .sums = sums,
-                      .accumulate = k_begin > 0};
+        GemmTile tile{
+            .rows = {}, .panel = panel, .k_dim = k_count, .sums = sums, .accumulate = k_begin > 0};
         for (int m = 0; m < num_rows; ++m)
-            tile.rows[m] = static_cast<const char*>(input_row(first_row + m)) +
-                           k_begin * element_bytes_;
+            tile.rows[m] =
+                static_cast<const char*>(input_row(first_row + m)) + k_begin * element_bytes_;
         (args_.dtype == DType::kBFloat16 ? table_.tile_bf16 : table_.tile_f32)[num_rows](tile);
     }
 

@@ -13,10 +13,12 @@ std::vector<const KernelTable*> supported_kernels() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         tables.push_back(&avx2_kernels());
-    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool has_avx512 =
+        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (has_avx512) tables.push_back(&avx512_kernels());
-    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_kernels());
+    if (has_avx512 && __builtin_cpu_supports("avx512bf16"))
+        tables.push_back(&avx512_bf16_kernels());
 #endif
     return tables;
 }

@@ -26,24 +26,24 @@ struct GemmTile {
 
 /// A tile's way from float32 sums to the output tensor.
 struct EpilogueTile {
-    const float* sums;         ///< [num_rows][64]; gated: 32 gate columns, then their 32 up columns
-    const float* bias;         ///< [64] in the same order, or nullptr
-    void* output;              ///< first row's first element
-    int64_t output_stride;     ///< elements between rows
+    const float* sums;      ///< [num_rows][64]; gated: 32 gate columns, then their 32 up columns
+    const float* bias;      ///< [64] in the same order, or nullptr
+    void* output;           ///< first row's first element
+    int64_t output_stride;  ///< elements between rows
     int num_rows;
-    int num_columns;           ///< output columns to write: up to 64, or 32 if gated
+    int num_columns;  ///< output columns to write: up to 64, or 32 if gated
     DType output_dtype;
     GroupedGemmConfig config;
 };
 
 /// Up to 16 rows of weights on their way into 16 neighbouring columns of a panel.
 struct PackLanes {
-    const void* source;   ///< first row, first k
-    int64_t row_stride;   ///< elements between rows
-    int64_t k_stride;     ///< elements between k; this or row_stride is 1
-    int num_rows;         ///< <= 16; the other columns become 0
+    const void* source;  ///< first row, first k
+    int64_t row_stride;  ///< elements between rows
+    int64_t k_stride;    ///< elements between k; this or row_stride is 1
+    int num_rows;        ///< <= 16; the other columns become 0
     int64_t k_dim;
-    void* panel;          ///< the panel's first k, at these columns
+    void* panel;  ///< the panel's first k, at these columns
 };
 
 struct KernelTable {

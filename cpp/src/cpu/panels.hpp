@@ -19,9 +19,7 @@ struct PanelLayout {
     int64_t num_outputs() const { return gated ? n / 2 : n; }
     int outputs_per_panel() const { return gated ? kPanelColumns / 2 : kPanelColumns; }
     int64_t num_panels() const { return ceil_div(num_outputs(), outputs_per_panel()); }
-    int64_t padded_k() const {
-        return dtype == DType::kBFloat16 ? ceil_div(k_dim, 2) * 2 : k_dim;
-    }
+    int64_t padded_k() const { return dtype == DType::kBFloat16 ? ceil_div(k_dim, 2) * 2 : k_dim; }
     int64_t panel_elements() const { return padded_k() * kPanelColumns; }
     int64_t group_elements() const { return num_panels() * panel_elements(); }
     int columns_of(int64_t panel) const {

@@ -18,7 +18,8 @@ public:
         if (!condition) throw InvalidArgument(concat(op_, ": ", parts...));
     }
 
-    void dtype(const char* name, const TensorView& view, std::initializer_list<DType> allowed) const;
+    void dtype(const char* name, const TensorView& view,
+               std::initializer_list<DType> allowed) const;
 
     /// Exact sizes; kAny matches any.
     static constexpr int64_t kAny = -1;

@@ -81,7 +81,8 @@ void combine(const TensorView& expert_rows, const TensorView& slot_to_row,
         .output_dtype = output.dtype,
     };
     switch (device.type) {
-        case DeviceType::kCpu: return cpu::combine(args);
+        case DeviceType::kCpu:
+            return cpu::combine(args);
         case DeviceType::kCuda: {
             const cuda::DeviceScope scope(device.index);
             return cuda::combine(args, stream);

@@ -55,8 +55,8 @@ WeightSizes describe_weights(const Check& check, const GroupedGemmWeights& weigh
 void check_bias(const Check& check, const TensorView& bias, const WeightSizes& sizes,
                 const TensorView& input, const TensorView& output, GroupedGemmArgs& args) {
     if (!bias.defined()) return;
-    check.that(bias.dtype == DType::kFloat32 || bias.dtype == input.dtype, "bias must be float32 or ",
-               name_of(input.dtype), ", got ", name_of(bias.dtype));
+    check.that(bias.dtype == DType::kFloat32 || bias.dtype == input.dtype,
+               "bias must be float32 or ", name_of(input.dtype), ", got ", name_of(bias.dtype));
     check.shape("bias", bias, {sizes.num_groups, sizes.n});
     check.rows_contiguous("bias", bias);
     check.device("bias", bias, input.device);
@@ -98,13 +98,13 @@ void check_config(const Check& check, const GroupedGemmConfig& config) {
     if (config.activation != Activation::kClampedSwiglu) return;
     check.that(std::isfinite(config.alpha), "alpha must be finite, got ", config.alpha);
     check.that(config.limit > 0, "limit must be > 0, got ", config.limit);
-    check.that(std::isfinite(config.up_offset), "up_offset must be finite, got ",
-               config.up_offset);
+    check.that(std::isfinite(config.up_offset), "up_offset must be finite, got ", config.up_offset);
 }
 
 void run(const GroupedGemmArgs& args, Device device, Stream stream) {
     switch (device.type) {
-        case DeviceType::kCpu: return cpu::grouped_gemm(args);
+        case DeviceType::kCpu:
+            return cpu::grouped_gemm(args);
         case DeviceType::kCuda: {
             const cuda::DeviceScope scope(device.index);
             return cuda::grouped_gemm(args, stream);
@@ -124,12 +124,14 @@ GroupedGemmArgs build_args(const Check& check, const TensorView& input,
     GroupedGemmArgs args{};
     sizes = describe_weights(check, weights, config, input.dtype, input.device, args);
     check.that(sizes.num_groups >= 1 && sizes.n >= 1 && sizes.k_dim >= 1,
-               "weights must have no empty dimension, got [", sizes.num_groups, ", ", sizes.n,
-               ", ", sizes.k_dim, "]");
+               "weights must have no empty dimension, got [", sizes.num_groups, ", ", sizes.n, ", ",
+               sizes.k_dim, "]");
     check.shape("input", input, {Check::kAny, sizes.k_dim});
     const bool gated = is_gated(config.activation);
-    check.that(!gated || sizes.n % 2 == 0, "weights must have an even number of rows for a gated "
-               "activation, got ", sizes.n);
+    check.that(!gated || sizes.n % 2 == 0,
+               "weights must have an even number of rows for a gated "
+               "activation, got ",
+               sizes.n);
 
     check.dtype("output", output, {DType::kFloat32, DType::kBFloat16});
     check.shape("output", output, {Check::kAny, gated ? sizes.n / 2 : sizes.n});

@@ -31,8 +31,7 @@ PackedWeights::PackedWeights(DType dtype, int64_t num_groups, int64_t n, int64_t
       n_(n),
       k_dim_(k_dim),
       gated_(gated),
-      group_stride_(
-          checked_layout(dtype, num_groups, n, k_dim, gated, device).group_elements()),
+      group_stride_(checked_layout(dtype, num_groups, n, k_dim, gated, device).group_elements()),
       buffer_(device, static_cast<size_t>(num_groups * group_stride_) * size_of(dtype)) {}
 
 void PackedWeights::pack(int64_t group, const TensorView& weights) {

@@ -52,7 +52,8 @@ void sort_by_expert(const TensorView& topk_ids, int64_t first_expert,
         .num_local_experts = static_cast<int>(num_local_experts),
     };
     switch (topk_ids.device.type) {
-        case DeviceType::kCpu: return cpu::sort_by_expert(args);
+        case DeviceType::kCpu:
+            return cpu::sort_by_expert(args);
         case DeviceType::kCuda: {
             const cuda::DeviceScope scope(topk_ids.device.index);
             return cuda::sort_by_expert(args, stream);

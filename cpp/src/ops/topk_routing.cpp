@@ -50,8 +50,8 @@ void topk_routing(const TensorView& router_logits, const TensorView& selection_b
     }
     check.dtype("topk_ids", topk_ids, {DType::kInt32});
     check.dtype("topk_weights", topk_weights, {DType::kFloat32});
-    for (const auto& [name, view] : {std::pair{"topk_ids", &topk_ids},
-                                     std::pair{"topk_weights", &topk_weights}}) {
+    for (const auto& [name, view] :
+         {std::pair{"topk_ids", &topk_ids}, std::pair{"topk_weights", &topk_weights}}) {
         check.shape(name, *view, {num_tokens, config.top_k});
         check.contiguous(name, *view);
         check.device(name, *view, router_logits.device);
@@ -72,7 +72,8 @@ void topk_routing(const TensorView& router_logits, const TensorView& selection_b
         .config = config,
     };
     switch (router_logits.device.type) {
-        case DeviceType::kCpu: return cpu::topk_routing(args);
+        case DeviceType::kCpu:
+            return cpu::topk_routing(args);
         case DeviceType::kCuda: {
             const cuda::DeviceScope scope(router_logits.device.index);
             return cuda::topk_routing(args, stream);

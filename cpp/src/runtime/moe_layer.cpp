@@ -24,8 +24,8 @@ void check_weight(const char* name, const GroupedGemmWeights& weights,
     const TensorView logical =
         sizes.size() == 2 && packed.num_groups() == 1
             ? TensorView(data, packed.dtype(), {packed.n(), packed.k_dim()}, packed.device())
-            : TensorView(data, packed.dtype(),
-                         {packed.num_groups(), packed.n(), packed.k_dim()}, packed.device());
+            : TensorView(data, packed.dtype(), {packed.num_groups(), packed.n(), packed.k_dim()},
+                         packed.device());
     kCheck.shape(name, logical, sizes);
     kCheck.dtype(name, logical, {dtype});
 }
@@ -43,8 +43,7 @@ void check_sizes(const MoEConfig& config) {
                 config.num_local_experts);
     kCheck.that(config.dtype == DType::kFloat32 || config.dtype == DType::kBFloat16,
                 "dtype must be float32 or bfloat16, got ", name_of(config.dtype));
-    kCheck.that(is_gated(config.activation.activation),
-                "activation must be a gated one, got none");
+    kCheck.that(is_gated(config.activation.activation), "activation must be a gated one, got none");
     check_routing("MoELayer", config.routing, config.num_experts);
 }
 
@@ -140,8 +139,7 @@ void MoELayer::run_experts(const TensorView& hidden_states, const TensorView& to
     const TensorView rows = workspace.take(config_.dtype, {num_slots, config_.hidden_size});
     grouped_gemm(hidden_states, weights_.gate_up, weights_.gate_up_bias, expert_offsets,
                  sorted_slots, top_k, config_.activation, inner, stream);
-    grouped_gemm(inner, weights_.down, weights_.down_bias, expert_offsets, {}, 1, {}, rows,
-                 stream);
+    grouped_gemm(inner, weights_.down, weights_.down_bias, expert_offsets, {}, 1, {}, rows, stream);
 
     // 3. The shared expert, then every token's sum.
     TensorView shared_scale;

@@ -8,8 +8,7 @@ std::string to_string(Device device) {
     return device.type == DeviceType::kCpu ? "cpu" : concat("cuda:", device.index);
 }
 
-TensorView::TensorView(void* data, DType dtype, std::initializer_list<int64_t> sizes,
-                       Device device)
+TensorView::TensorView(void* data, DType dtype, std::initializer_list<int64_t> sizes, Device device)
     : data(data), dtype(dtype), device(device), rank(static_cast<int>(sizes.size())) {
     require(rank <= kMaxRank, "TensorView: rank must be at most ", kMaxRank, ", got ", rank);
     int i = 0;

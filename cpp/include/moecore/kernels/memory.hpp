@@ -9,8 +9,8 @@ namespace moecore::cuda {
 void* allocate(int device, size_t bytes);
 void deallocate(void* data, int device) noexcept;
 
-/// Makes `device` current, and the previous device again at the end of the scope: launches go to the
-/// current device. Does nothing in a build without CUDA. Throws CudaError.
+/// Makes `device` current, and the previous device again at the end of the scope: launches go to
+/// the current device. Does nothing in a build without CUDA. Throws CudaError.
 class DeviceScope {
 public:
     explicit DeviceScope(int device);

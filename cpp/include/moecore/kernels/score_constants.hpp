@@ -7,7 +7,7 @@
 namespace moecore::score {
 
 // exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2) / 2. Source: Cephes expf, error < 1 ulp.
-inline constexpr float kExpOverflow = 88.8f;    ///< above: +inf
+inline constexpr float kExpOverflow = 88.8f;     ///< above: +inf
 inline constexpr float kExpUnderflow = -104.0f;  ///< below: 0
 inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr float kRoundMagic = 12582912.0f;  ///< 1.5 * 2^23: adding it rounds to an integer

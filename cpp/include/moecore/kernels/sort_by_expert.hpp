@@ -14,10 +14,14 @@ struct SortByExpertArgs {
     int64_t* expert_offsets;  ///< [num_local_experts + 1] out
     int64_t num_slots;        ///< T * k, below 2^31
     int64_t first_expert;
-    int num_local_experts;    ///< E_local >= 1
+    int num_local_experts;  ///< E_local >= 1
 };
 
-namespace cpu { void sort_by_expert(const SortByExpertArgs& args); }
-namespace cuda { void sort_by_expert(const SortByExpertArgs& args, Stream stream); }
+namespace cpu {
+void sort_by_expert(const SortByExpertArgs& args);
+}
+namespace cuda {
+void sort_by_expert(const SortByExpertArgs& args, Stream stream);
+}
 
 }  // namespace moecore

@@ -27,7 +27,11 @@ struct TopkRoutingArgs {
     }
 };
 
-namespace cpu { void topk_routing(const TopkRoutingArgs& args); }
-namespace cuda { void topk_routing(const TopkRoutingArgs& args, Stream stream); }
+namespace cpu {
+void topk_routing(const TopkRoutingArgs& args);
+}
+namespace cuda {
+void topk_routing(const TopkRoutingArgs& args, Stream stream);
+}
 
 }  // namespace moecore

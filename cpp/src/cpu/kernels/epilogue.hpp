@@ -1,11 +1,12 @@
 #pragma once
 
-// From float32 sums to stored outputs. Included after simd/*.hpp, kernels/math.hpp and
-// kernels/combine.hpp (store_columns).
+// From float32 sums to stored outputs. Included after simd/*.hpp.
 
 #include <cstdint>
 
 #include "cpu/kernel_table.hpp"
+#include "cpu/kernels/combine.hpp"
+#include "cpu/kernels/math.hpp"
 
 namespace moecore::cpu {
 namespace {
@@ -30,10 +31,14 @@ inline F32x16 gelu_tanh(F32x16 gate) {
 
 inline F32x16 activate(F32x16 gate, F32x16 up, const GroupedGemmConfig& config) {
     switch (config.activation) {
-        case Activation::kSwiglu: return mul(mul(gate, sigmoid(gate)), up);
-        case Activation::kClampedSwiglu: return clamped_swiglu(gate, up, config);
-        case Activation::kGeluTanh: return mul(gelu_tanh(gate), up);
-        case Activation::kNone: break;
+        case Activation::kSwiglu:
+            return mul(mul(gate, sigmoid(gate)), up);
+        case Activation::kClampedSwiglu:
+            return clamped_swiglu(gate, up, config);
+        case Activation::kGeluTanh:
+            return mul(gelu_tanh(gate), up);
+        case Activation::kNone:
+            break;
     }
     return gate;
 }

@@ -15,7 +15,7 @@ constexpr int kPanelVectors = kPanelColumns / kLanes;
 
 /// Bytes of the panel to ask for ahead of use. Tiles of few rows run at memory speed and leave
 /// panels faster than the hardware prefetcher follows across 4 KiB pages.
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchBytes = 4096;
 constexpr int kPrefetchMaxRows = 4;
 
 template <int kRows, int kVectors>
@@ -24,9 +24,9 @@ void load_sums(const GemmTile& tile, int first, __m512 (&sum)[kRows][kVectors]) 
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v)
-            sum[m][v] = tile.accumulate ? _mm512_loadu_ps(tile.sums + m * kPanelColumns + first +
-                                                          v * kLanes)
-                                        : _mm512_setzero_ps();
+            sum[m][v] = tile.accumulate
+                            ? _mm512_loadu_ps(tile.sums + m * kPanelColumns + first + v * kLanes)
+                            : _mm512_setzero_ps();
 }
 
 template <int kRows, int kVectors>

@@ -1,9 +1,10 @@
 #pragma once
 
-// Routing of a range of tokens. Included after simd/*.hpp and kernels/math.hpp.
+// Routing of a range of tokens. Included after simd/*.hpp.
 
 #include <cstdint>
 
+#include "cpu/kernels/math.hpp"
 #include "moecore/kernels/topk_routing.hpp"
 
 namespace moecore::cpu {
@@ -192,8 +193,7 @@ inline void route_token(const TopkRoutingArgs& args, int64_t token, RouteRow& ro
     for (int j = 0; j < top_k; ++j) sum += weights[j];
     const bool is_exponential = config.score_function == ScoreFunction::kSoftmax ||
                                 config.score_function == ScoreFunction::kRawLogits;
-    const bool undefined =
-        row_max == -kInfinity || (is_exponential && row_max == kInfinity);
+    const bool undefined = row_max == -kInfinity || (is_exponential && row_max == kInfinity);
     float divisor = 1.0f;
     if (config.score_function == ScoreFunction::kRawLogits) divisor = sum;
     if (config.renormalize && config.score_function != ScoreFunction::kRawLogits) {

@@ -87,9 +87,7 @@ inline Mask is_nan(F32x16 a) {
 inline F32x16 select(Mask m, F32x16 a, F32x16 b) {
     return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
 }
-inline I32x16 bits_of(F32x16 a) {
-    return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
-}
+inline I32x16 bits_of(F32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 inline F32x16 float_of_bits(I32x16 a) {
     return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
 }

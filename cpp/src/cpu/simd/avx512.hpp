@@ -52,9 +52,7 @@ inline F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Mask less(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 inline Mask is_nan(F32x16 a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
-inline F32x16 select(Mask m, F32x16 a, F32x16 b) {
-    return {_mm512_mask_mov_ps(b.v, m.bits, a.v)};
-}
+inline F32x16 select(Mask m, F32x16 a, F32x16 b) { return {_mm512_mask_mov_ps(b.v, m.bits, a.v)}; }
 inline I32x16 bits_of(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
 inline F32x16 float_of_bits(I32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
 inline F32x16 to_float(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }

@@ -1,11 +1,12 @@
 // AVX2 + FMA: sixteen columns of a panel at a time, two ymm accumulators a row.
 
 #include "cpu/simd/avx2.hpp"
-#include "cpu/kernels/math.hpp"
-#include "cpu/kernels/route.hpp"
+
 #include "cpu/kernels/combine.hpp"
 #include "cpu/kernels/epilogue.hpp"
+#include "cpu/kernels/math.hpp"
 #include "cpu/kernels/pack.hpp"
+#include "cpu/kernels/route.hpp"
 
 namespace moecore::cpu {
 namespace {
@@ -43,8 +44,8 @@ void tile_bf16(const GemmTile& tile) {
             __m256i x[kRows];
 #pragma GCC unroll 6
             for (int m = 0; m < kRows; ++m)
-                x[m] = _mm256_set1_epi32(load_pair(
-                    static_cast<const uint16_t*>(tile.rows[m]) + 2 * p, p < whole_pairs));
+                x[m] = _mm256_set1_epi32(
+                    load_pair(static_cast<const uint16_t*>(tile.rows[m]) + 2 * p, p < whole_pairs));
 #pragma GCC unroll 6
             for (int m = 0; m < kRows; ++m) {
                 const __m256 x_even = even_half(x[m]), x_odd = odd_half(x[m]);

@@ -2,12 +2,13 @@
 // element first. Thirty-two columns at a time.
 
 #include "cpu/simd/avx512.hpp"
-#include "cpu/kernels/math.hpp"
-#include "cpu/kernels/route.hpp"
+
 #include "cpu/kernels/combine.hpp"
 #include "cpu/kernels/epilogue.hpp"
 #include "cpu/kernels/gemm_avx512.hpp"
+#include "cpu/kernels/math.hpp"
 #include "cpu/kernels/pack.hpp"
+#include "cpu/kernels/route.hpp"
 
 namespace moecore::cpu {
 namespace {
@@ -31,8 +32,8 @@ void tile_bf16(const GemmTile& tile) {
             const __m512i w0 = _mm512_loadu_si512(line), w1 = _mm512_loadu_si512(line + 32);
 #pragma GCC unroll 6
             for (int m = 0; m < kRows; ++m) {
-                const __m512i x = _mm512_set1_epi32(load_pair(
-                    static_cast<const uint16_t*>(tile.rows[m]) + 2 * p, p < whole_pairs));
+                const __m512i x = _mm512_set1_epi32(
+                    load_pair(static_cast<const uint16_t*>(tile.rows[m]) + 2 * p, p < whole_pairs));
                 const __m512 x_even = even_half(x), x_odd = odd_half(x);
                 sum[m][0] = _mm512_fmadd_ps(x_even, even_half(w0), sum[m][0]);
                 sum[m][1] = _mm512_fmadd_ps(x_even, even_half(w1), sum[m][1]);

@@ -1,12 +1,13 @@
 // AVX-512 with vdpbf16ps: one instruction multiplies sixteen pairs and adds both products.
 
 #include "cpu/simd/avx512.hpp"
-#include "cpu/kernels/math.hpp"
-#include "cpu/kernels/route.hpp"
+
 #include "cpu/kernels/combine.hpp"
 #include "cpu/kernels/epilogue.hpp"
 #include "cpu/kernels/gemm_avx512.hpp"
+#include "cpu/kernels/math.hpp"
 #include "cpu/kernels/pack.hpp"
+#include "cpu/kernels/route.hpp"
 
 namespace moecore::cpu {
 namespace {

@@ -1,12 +1,12 @@
 // Plain C++: any processor. Column after column of each panel, K in order.
 
 #include "cpu/simd/scalar.hpp"
-// math.hpp and the kernels need the lanes above.
-#include "cpu/kernels/math.hpp"
-#include "cpu/kernels/route.hpp"
+
 #include "cpu/kernels/combine.hpp"
 #include "cpu/kernels/epilogue.hpp"
+#include "cpu/kernels/math.hpp"
 #include "cpu/kernels/pack.hpp"
+#include "cpu/kernels/route.hpp"
 
 namespace moecore::cpu {
 namespace {
@@ -39,8 +39,7 @@ void tile_f32(const GemmTile& tile) {
         if (!tile.accumulate)
             for (int c = 0; c < kPanelColumns; ++c) sums[c] = 0.0f;
         for (int64_t k = 0; k < tile.k_dim; ++k)
-            for (int c = 0; c < kPanelColumns; ++c)
-                sums[c] += x[k] * panel[k * kPanelColumns + c];
+            for (int c = 0; c < kPanelColumns; ++c) sums[c] += x[k] * panel[k * kPanelColumns + c];
     }
 }
 

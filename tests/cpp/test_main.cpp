@@ -1,0 +1,38 @@
+#include "test_main.hpp"
+
+#include <exception>
+#include <iostream>
+#include <stdexcept>
+
+#include "moecore/build_info.hpp"
+#include "moecore/threads.hpp"
+
+namespace moecore::test {
+
+void expect(bool condition, const std::string& message, std::source_location where) {
+    if (!condition)
+        throw std::runtime_error(concat(where.file_name(), ":", where.line(), ": ", message));
+}
+
+}  // namespace moecore::test
+
+int main() {
+    using namespace moecore;
+    std::vector<test::Test> tests;
+    test::add_op_tests(tests);
+    test::add_moe_layer_tests(tests);
+    std::cout << "CPU kernels: " << build_info().cpu_isa << "\n";
+    int failed = 0;
+    for (const test::Test& test : tests) {
+        set_num_threads(0);
+        try {
+            test.run();
+        } catch (const std::exception& error) {
+            ++failed;
+            std::cout << "FAILED " << test.name << "\n  " << error.what() << std::endl;
+        }
+    }
+    std::cout << tests.size() - static_cast<size_t>(failed) << " passed, " << failed
+              << " failed\n";
+    return failed == 0 ? 0 : 1;
+}
