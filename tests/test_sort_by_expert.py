@@ -34,7 +34,6 @@ CASES = {
     "all-to-first": (torch.zeros(70, 4, dtype=torch.int32), 16, 0),
     "all-to-last": (torch.full((70, 4), 15, dtype=torch.int32), 16, 0),
     "no-tokens": (make_ids(0, 4, 0, 8), 8, 0),
-    "no-choices": (torch.zeros(5, 0, dtype=torch.int32), 8, 0),
     "top-k-is-all": (torch.arange(12, dtype=torch.int32).repeat(50, 1), 12, 0),
     "negative-dropped": (make_ids(200, 4, -6, 8), 8, 0),
     "past-the-end-dropped": (make_ids(200, 4, 0, 20), 8, 0),
