@@ -48,8 +48,9 @@ def choices(
     grouped = choice.unflatten(1, (num_groups, -1))
     best = grouped.sort(dim=2, descending=True).values
     count = min(2, best.shape[2]) if group_limit == "top2_sum" else 1
-    return choice, best[:, :, :count].sum(dim=2).nan_to_num(nan=NEG_INF, posinf=math.inf,
-                                                            neginf=NEG_INF)
+    return choice, best[:, :, :count].sum(dim=2).nan_to_num(
+        nan=NEG_INF, posinf=math.inf, neginf=NEG_INF
+    )
 
 
 def largest_first(values, count):

@@ -10,9 +10,7 @@ from moecore import ops
 def make_ids(num_tokens, top_k, low, high, seed=0):
     """Random ids in [low, high), repeated within a token where they happen to be."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(
-        low, high, (num_tokens, top_k), generator=generator, dtype=torch.int32
-    )
+    return torch.randint(low, high, (num_tokens, top_k), generator=generator, dtype=torch.int32)
 
 
 def check(device, topk_ids, num_local_experts, first_expert=0):

@@ -15,51 +15,58 @@ EPS32 = torch.finfo(torch.float32).eps
 # The routing of real models, and the edges of what the kernel accepts. `bias` is the scale of the
 # random selection bias, None for no bias.
 MODELS = {
-    "mixtral": dict(num_experts=8, top_k=2),
-    "qwen3": dict(num_experts=128, top_k=8),
-    "olmoe": dict(num_experts=64, top_k=8, renormalize=False),
-    "gpt-oss": dict(num_experts=128, top_k=4, score_function="raw_logits"),
-    "deepseek-v2": dict(
-        num_experts=160,
-        top_k=6,
-        renormalize=False,
-        scale=16.0,
-        group_limit="max",
-        num_groups=8,
-        topk_group=3,
-    ),
-    "deepseek-v3": dict(
-        num_experts=256,
-        top_k=8,
-        bias=0.2,
-        score_function="sigmoid",
-        scale=2.5,
-        norm_epsilon=1e-20,
-        group_limit="top2_sum",
-        num_groups=8,
-        topk_group=4,
-    ),
-    "deepseek-v4": dict(
-        num_experts=256, top_k=6, bias=0.2, score_function="sqrtsoftplus", scale=1.5
-    ),
-    "ernie-4.5": dict(num_experts=64, top_k=6, bias=0.2, norm_min=1e-12),
-    "norm-min-reached": dict(num_experts=64, top_k=6, norm_min=0.9),
-    "norm-epsilon-visible": dict(
-        num_experts=64, top_k=6, score_function="sigmoid", norm_epsilon=0.5
-    ),
-    "one-expert": dict(num_experts=1, top_k=1),
-    "all-experts": dict(num_experts=17, top_k=17),
-    "ragged-last-vector": dict(num_experts=33, top_k=32, score_function="sigmoid"),
-    "groups-of-one": dict(
-        num_experts=12,
-        top_k=3,
-        bias=0.2,
-        score_function="sigmoid",
-        group_limit="top2_sum",
-        num_groups=12,
-        topk_group=5,
-    ),
-    "largest": dict(num_experts=1024, top_k=32),
+    "mixtral": {"num_experts": 8, "top_k": 2},
+    "qwen3": {"num_experts": 128, "top_k": 8},
+    "olmoe": {"num_experts": 64, "top_k": 8, "renormalize": False},
+    "gpt-oss": {"num_experts": 128, "top_k": 4, "score_function": "raw_logits"},
+    "deepseek-v2": {
+        "num_experts": 160,
+        "top_k": 6,
+        "renormalize": False,
+        "scale": 16.0,
+        "group_limit": "max",
+        "num_groups": 8,
+        "topk_group": 3,
+    },
+    "deepseek-v3": {
+        "num_experts": 256,
+        "top_k": 8,
+        "bias": 0.2,
+        "score_function": "sigmoid",
+        "scale": 2.5,
+        "norm_epsilon": 1e-20,
+        "group_limit": "top2_sum",
+        "num_groups": 8,
+        "topk_group": 4,
+    },
+    "deepseek-v4": {
+        "num_experts": 256,
+        "top_k": 6,
+        "bias": 0.2,
+        "score_function": "sqrtsoftplus",
+        "scale": 1.5,
+    },
+    "ernie-4.5": {"num_experts": 64, "top_k": 6, "bias": 0.2, "norm_min": 1e-12},
+    "norm-min-reached": {"num_experts": 64, "top_k": 6, "norm_min": 0.9},
+    "norm-epsilon-visible": {
+        "num_experts": 64,
+        "top_k": 6,
+        "score_function": "sigmoid",
+        "norm_epsilon": 0.5,
+    },
+    "one-expert": {"num_experts": 1, "top_k": 1},
+    "all-experts": {"num_experts": 17, "top_k": 17},
+    "ragged-last-vector": {"num_experts": 33, "top_k": 32, "score_function": "sigmoid"},
+    "groups-of-one": {
+        "num_experts": 12,
+        "top_k": 3,
+        "bias": 0.2,
+        "score_function": "sigmoid",
+        "group_limit": "top2_sum",
+        "num_groups": 12,
+        "topk_group": 5,
+    },
+    "largest": {"num_experts": 1024, "top_k": 32},
 }
 
 
@@ -155,16 +162,14 @@ def test_minus_zero_equals_zero_as_a_choice_with_bias(device):
 
 @pytest.mark.parametrize("group_limit", ["max", "top2_sum"])
 def test_equal_groups_go_to_the_lower_group(device, group_limit):
-    got = route(
-        device, torch.zeros(2, 12), 4, group_limit=group_limit, num_groups=4, topk_group=2
-    )
+    got = route(device, torch.zeros(2, 12), 4, group_limit=group_limit, num_groups=4, topk_group=2)
     assert got.topk_ids.tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_a_group_is_as_good_as_its_best_or_its_two_best(device):
     # Group 0 has the best expert, group 1 the best pair.
     logits = torch.tensor([[4.0, 0.0, 0.0, 3.0, 3.0, 0.0]])
-    options = dict(score_function="sigmoid", num_groups=2, topk_group=1)
+    options = {"score_function": "sigmoid", "num_groups": 2, "topk_group": 1}
     best = route(device, logits, 2, group_limit="max", **options)
     assert best.topk_ids.tolist() == [[0, 1]]
     pair = route(device, logits, 2, group_limit="top2_sum", **options)
@@ -174,9 +179,7 @@ def test_a_group_is_as_good_as_its_best_or_its_two_best(device):
 def test_the_bias_chooses_and_does_not_weigh(device):
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     bias = torch.tensor([5.0, 0.0, 0.0])
-    got = route(
-        device, logits, 1, score_function="sigmoid", selection_bias=bias, renormalize=False
-    )
+    got = route(device, logits, 1, score_function="sigmoid", selection_bias=bias, renormalize=False)
     assert got.topk_ids.tolist() == [[0]]
     assert got.topk_weights.tolist() == [[0.5]]
 
@@ -248,38 +251,38 @@ def test_top_k_above_32_is_refused(device):
 
 
 BAD_OPTIONS = {
-    "scale-nan": (dict(scale=math.nan), "scale must be finite, got nan"),
-    "norm-epsilon": (dict(norm_epsilon=-1.0), "norm_epsilon must be .* got -1"),
-    "norm-min": (dict(norm_min=math.inf), "norm_min must be .* got inf"),
-    "score-name": (dict(score_function="tanh"), "score_function must be one of .* got tanh"),
-    "group-name": (dict(group_limit="best"), "group_limit must be one of .* got best"),
+    "scale-nan": ({"scale": math.nan}, "scale must be finite, got nan"),
+    "norm-epsilon": ({"norm_epsilon": -1.0}, "norm_epsilon must be .* got -1"),
+    "norm-min": ({"norm_min": math.inf}, "norm_min must be .* got inf"),
+    "score-name": ({"score_function": "tanh"}, "score_function must be one of .* got tanh"),
+    "group-name": ({"group_limit": "best"}, "group_limit must be one of .* got best"),
     "groups-do-not-divide": (
-        dict(group_limit="max", num_groups=5),
+        {"group_limit": "max", "num_groups": 5},
         "num_groups must be a positive divisor of num_experts, got 5 with num_experts 16",
     ),
-    "no-groups": (dict(group_limit="max", num_groups=0), "num_groups must be .* got 0"),
+    "no-groups": ({"group_limit": "max", "num_groups": 0}, "num_groups must be .* got 0"),
     "topk-group-zero": (
-        dict(group_limit="max", num_groups=4, topk_group=0),
+        {"group_limit": "max", "num_groups": 4, "topk_group": 0},
         r"topk_group must be in \[1, num_groups\], got 0",
     ),
     "topk-group-large": (
-        dict(group_limit="top2_sum", num_groups=4, topk_group=5),
+        {"group_limit": "top2_sum", "num_groups": 4, "topk_group": 5},
         "topk_group must be in .* got 5 with num_groups 4",
     ),
     "groups-hold-too-few": (
-        dict(top_k=5, group_limit="max", num_groups=4, topk_group=1),
+        {"top_k": 5, "group_limit": "max", "num_groups": 4, "topk_group": 1},
         "top_k must be at most the 4 experts of topk_group groups, got 5",
     ),
     "bias-shape": (
-        dict(selection_bias=torch.zeros(15)),
+        {"selection_bias": torch.zeros(15)},
         r"selection_bias must have shape \[16\], got .*15",
     ),
     "bias-dtype": (
-        dict(selection_bias=torch.zeros(16, dtype=torch.bfloat16)),
+        {"selection_bias": torch.zeros(16, dtype=torch.bfloat16)},
         "selection_bias must be float32, got bfloat16",
     ),
     "bias-stride": (
-        dict(selection_bias=torch.zeros(32)[::2]),
+        {"selection_bias": torch.zeros(32)[::2]},
         r"selection_bias must be contiguous, got strides \[2\]",
     ),
 }
@@ -329,18 +332,18 @@ def routings(draw):
     group_size = draw(st.sampled_from([1, 2, 5, 16, 33]))
     num_experts = num_groups * group_size
     topk_group = draw(st.integers(1, num_groups))
-    options = dict(
-        score_function=draw(
+    options = {
+        "score_function": draw(
             st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus", "raw_logits"])
         ),
-        renormalize=draw(st.booleans()),
-        scale=draw(st.sampled_from([1.0, 2.5])),
-        norm_epsilon=draw(st.sampled_from([0.0, 1e-20])),
-        norm_min=draw(st.sampled_from([0.0, 1e-12])),
-        group_limit=draw(st.sampled_from(["none", "max", "top2_sum"])),
-        num_groups=num_groups,
-        topk_group=topk_group,
-    )
+        "renormalize": draw(st.booleans()),
+        "scale": draw(st.sampled_from([1.0, 2.5])),
+        "norm_epsilon": draw(st.sampled_from([0.0, 1e-20])),
+        "norm_min": draw(st.sampled_from([0.0, 1e-12])),
+        "group_limit": draw(st.sampled_from(["none", "max", "top2_sum"])),
+        "num_groups": num_groups,
+        "topk_group": topk_group,
+    }
     kept = num_experts
     if options["group_limit"] != "none":
         kept = topk_group * group_size

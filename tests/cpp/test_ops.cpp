@@ -908,7 +908,7 @@ void test_combine_names_the_bad_argument() {
     bad([](auto& a) { a.output.data = a.slots.data; }, "output must not overlap slot_to_row");
     bad([](auto& a) { a.output.data = a.weights.data; }, "output must not overlap topk_weights");
     bad([](auto& a) { a.output.data = a.scale.data; }, "output must not overlap shared_scale");
-    bad([](auto& a) { a.output.data = a.shared.as<float>() + 1; },
+    bad([](Arguments& a) { a.output.data = a.shared.as<float>() + 1; },
         "output must not overlap shared_output");
     for (const int64_t row : {-2, 4}) {
         Array wrong = int_array(DType::kInt32, {0, 1, 2, 3, -1, row});

@@ -1,8 +1,8 @@
 """Run the experts of Hugging Face transformers models on moecore.
 
 transformers (5.20 and later) lets a model choose the function behind its experts modules by name;
-`register` adds the name "moecore". The function reads each module's own parameters, so that loading,
-saving and switching back need nothing special; `pack` gives that up for faster decoding on the CPU.
+`register` adds the name "moecore". The function reads each module's own parameters, so loading,
+saving and switching back need nothing special; `pack` gives that up to decode faster on the CPU.
 
 Example:
     >>> moecore.integrations.transformers.register()
@@ -84,9 +84,9 @@ def pack(model: Any) -> int:
 
     Also registers "moecore" and sets it as the model's experts implementation. The packed form
     gives the same bits. Every weight is freed as soon as it is packed, so that memory peaks at the
-    model plus one tensor: afterwards the modules' `gate_up_proj` and `down_proj` are empty, of shape
-    [0]. On these modules state_dict, save_pretrained, training, copies and pickles no longer work,
-    and no other experts implementation can run them.
+    model plus one tensor: afterwards the modules' `gate_up_proj` and `down_proj` are empty, of
+    shape [0]. On these modules state_dict, save_pretrained, training, copies and pickles no longer
+    work, and no other experts implementation can run them.
 
     Args:
         model: a PreTrainedModel on the CPU.
@@ -184,25 +184,25 @@ def _activation_of(module: Any) -> GroupedGemmConfig:
         raise _unsupported(module, "the experts have no gate")
     if module.has_post_expert_norm:
         raise _unsupported(module, "a norm follows each expert (has_post_expert_norm)")
-    interleaved = not module.is_concatenated
     gate = getattr(module._apply_gate, "__func__", module._apply_gate)
     gate_name = (getattr(gate, "__module__", ""), getattr(gate, "__qualname__", repr(gate)))
+    if gate_name in (_DEFAULT_GATE, _GPT_OSS_GATE) and module.is_concatenated != (
+        gate_name == _DEFAULT_GATE
+    ):
+        raise _unsupported(module, f"is_concatenated={module.is_concatenated} belies its gate")
     if gate_name == _GPT_OSS_GATE:
         return GroupedGemmConfig(
-            activation="clamped_swiglu",
-            interleaved=interleaved,
-            alpha=module.alpha,
-            limit=module.limit,
+            activation="clamped_swiglu", interleaved=True, alpha=module.alpha, limit=module.limit
         )
     if gate_name != _DEFAULT_GATE:
         raise _unsupported(module, f"the gate is {'.'.join(gate_name)}")
     activation = module.act_fn
     if isinstance(activation, (nn.SiLU, SiLUActivation)) or activation is nn.functional.silu:
-        return GroupedGemmConfig(activation="swiglu", interleaved=interleaved)
+        return GroupedGemmConfig(activation="swiglu")
     if isinstance(activation, GELUTanh) or (
         isinstance(activation, nn.GELU) and activation.approximate == "tanh"
     ):
-        return GroupedGemmConfig(activation="gelu_tanh", interleaved=interleaved)
+        return GroupedGemmConfig(activation="gelu_tanh")
     name = getattr(activation, "__name__", type(activation).__name__)
     raise _unsupported(module, f"the activation is {name}")
 
