@@ -63,9 +63,9 @@ __device__ int take_largest(int32_t (&key)[kPerLane], int lane) {
     return winner;
 }
 
-/// Scores of this lane's experts from their logits. `choose_on_scores` as in TopkRoutingArgs.
+/// Scores of this lane's experts from their logits. `divide_softmax` as in TopkRoutingArgs.
 template <int kPerLane>
-__device__ void compute_scores(const RoutingConfig& config, bool choose_on_scores, float row_max,
+__device__ void compute_scores(const RoutingConfig& config, bool divide_softmax, float row_max,
                                const float (&logit)[kPerLane], float (&score)[kPerLane]) {
     switch (config.score_function) {
         case ScoreFunction::kSigmoid:
@@ -82,9 +82,7 @@ __device__ void compute_scores(const RoutingConfig& config, bool choose_on_score
             for (int i = 0; i < kPerLane; ++i) score[i] = exp(__fsub_rn(logit[i], row_max));
             break;
     }
-    const bool divide = config.score_function == ScoreFunction::kSoftmax &&
-                        (!config.renormalize || choose_on_scores);
-    if (!divide) return;
+    if (!divide_softmax) return;
     // One partial sum a lane, then halves: lanes past E hold exp(-inf) = 0. Addition commutes, so
     // the butterfly leaves the CPU's sum in every lane.
     float sum = 0.0f;
@@ -148,7 +146,8 @@ __device__ void limit_groups(const RoutingConfig& config, int num_experts, int l
 
 template <int kPerLane, typename Logit>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
-    topk_routing_kernel(const __grid_constant__ TopkRoutingArgs args, const bool choose_on_scores) {
+    topk_routing_kernel(const __grid_constant__ TopkRoutingArgs args, const bool choose_on_scores,
+                        const bool divide_softmax) {
     __shared__ int32_t shared_key[kWarpsPerBlock][kPerLane * kWarpSize];
     const RoutingConfig& config = args.config;
     const int lane = threadIdx.x % kWarpSize;
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
 
     // 2. Score every expert.
     float score[kPerLane];
-    compute_scores(config, choose_on_scores, row_max, logit, score);
+    compute_scores(config, divide_softmax, row_max, logit, score);
 
     // 3. What the choice is made on.
     int32_t key[kPerLane];
@@ -234,7 +233,7 @@ bool launch(const TopkRoutingArgs& args, Stream stream) {
         [&](auto per_lane) {
             topk_routing_kernel<per_lane(), Logit>
                 <<<static_cast<unsigned>(blocks), kWarpsPerBlock * kWarpSize, 0, native(stream)>>>(
-                    args, args.choose_on_scores());
+                    args, args.choose_on_scores(), args.divide_softmax());
         });
 }
 

@@ -184,6 +184,16 @@ def test_the_bias_chooses_and_does_not_weigh(device):
     assert got.topk_weights.tolist() == [[0.5]]
 
 
+def test_raw_logits_are_what_a_bias_and_a_group_sum_add_to(device):
+    bias = torch.tensor([2.0, 0.0])
+    options = {"score_function": "raw_logits"}
+    got = route(device, torch.tensor([[0.0, 3.0]]), 1, selection_bias=bias, **options)
+    assert got.topk_ids.tolist() == [[1]]
+    options |= {"group_limit": "top2_sum", "num_groups": 2, "topk_group": 1}
+    got = route(device, torch.tensor([[4.0, 0.0, 3.0, 3.0]]), 1, **options)
+    assert got.topk_ids.tolist() == [[2]]
+
+
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus", "raw_logits"])
 def test_nan_logits_count_as_minus_inf(device, score_function):
     logits = make_logits(4, 40)

@@ -100,6 +100,9 @@ def topk_routing(
         ValueError: a shape, dtype, stride or range above does not hold; the message names it.
         TypeError: `router_logits` is no tensor.
 
+    Without a bias or "top2_sum" the choice is made on the logits, which order experts as their
+    scores do, without the ties of scores that round alike; with raw_logits c = x + selection_bias.
+
     Example:
         >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
         >>> moecore.ops.topk_routing(logits, top_k=2).topk_ids
@@ -185,6 +188,8 @@ def prepare_weights(
         ValueError: a shape, dtype or stride above does not hold; the message names it.
         moecore.UnsupportedError: `weights` is on a device without packed kernels (CUDA).
     """
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"prepare_weights: weights must be a tensor, got {type(weights).__name__}")
     if weights.device.type != "cpu":
         raise _core.UnsupportedError(
             f"prepare_weights: weights must be on the CPU, got {weights.device}; "

@@ -143,8 +143,8 @@ inline Array int_array(DType dtype, const std::vector<int64_t>& values) {
 inline void expect_close(double actual, double wanted, double bound, DType dtype,
                          const std::string& what,
                          std::source_location where = std::source_location::current()) {
-    // Half a unit in the last place: 2^-9 for the 8 bits of bfloat16, 2^-24 for float32.
-    const double rounding = dtype == DType::kBFloat16 ? 0x1p-9 : 0x1p-24;
+    // Half a unit in the last place: 8 significant bits in bfloat16, 24 in float32.
+    const double rounding = dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-24;
     const double allowed = bound + (std::abs(wanted) + bound) * rounding + 1e-37;
     if (!(std::abs(actual - wanted) <= allowed))
         expect(false, concat(what, ": got ", actual, ", wanted ", wanted, " within ", allowed),

@@ -290,7 +290,7 @@ void test_layer_names_the_bad_argument() {
     bad_call(x, l, x, "output must not overlap hidden_states");
     bad_call(x, l, on_other_device(y), "must be on cuda:0");
     bad_call(on_other_device(x), l, y, "must be on cuda:0");
-    bad_call(x, on_other_device(l), y, "topk_ids must be on cuda:0");
+    bad_call(x, on_other_device(l), y, "must be on cuda:0");
     Workspace small({}, layer.workspace_bytes(3) - 1);
     expect_invalid([&] { layer.forward(x, l, y, small); }, "Workspace: size must");
 }

@@ -145,8 +145,7 @@ void test_routing_matches_float64_for_every_score_function() {
                             const RoutingConfig config{.top_k = top_k,
                                                        .score_function = score,
                                                        .renormalize = renormalize,
-                                                       .scale = 2.5f,
-                                                       .norm_epsilon = 1e-3f};
+                                                       .scale = 2.5f};
                             check_routing_case(config, num_experts, dtype, with_bias, 7, 0);
                             check_routing_case(config, num_experts, dtype, with_bias, 2, 3);
                         }
@@ -167,9 +166,22 @@ void test_routing_keeps_the_best_groups() {
                                                num_experts, dtype, with_bias, 9, 1);
 }
 
-void test_routing_of_no_tokens_and_of_a_smallest_divisor() {
+void test_routing_of_no_tokens_writes_nothing() {
     check_routing_case({.top_k = 2}, 5, kF32, true, 0, 0);
-    check_routing_case({.top_k = 2, .norm_min = 4.0f}, 5, kF32, false, 3, 0);
+}
+
+/// The epsilon and the smallest divisor are relative to scores that already sum to one.
+void test_routing_bounds_the_sum_of_the_scores() {
+    for (const int64_t num_experts : {5, 256})
+        for (const bool with_bias : {true, false})
+            for (const ScoreFunction score :
+                 {ScoreFunction::kSigmoid, ScoreFunction::kSqrtSoftplus, ScoreFunction::kRawLogits,
+                  ScoreFunction::kSoftmax}) {
+                RoutingConfig config{.top_k = 2, .score_function = score, .norm_epsilon = 0.125f};
+                check_routing_case(config, num_experts, kF32, with_bias, 3, 0);
+                config.norm_min = 4.0f;
+                check_routing_case(config, num_experts, kF32, with_bias, 3, 0);
+            }
 }
 
 void test_routing_orders_nan_and_infinite_logits() {
@@ -591,8 +603,10 @@ void test_linear_is_grouped_gemm_of_one_group() {
 }
 
 void test_gemm_names_the_bad_argument() {
-    Array input(kF32, 12), weights(kF32, 40), bias(kF32, 10), output(kF32, 15);
-    Array offsets = int_array(DType::kInt64, {0, 1, 3}), slots(DType::kInt32, 3);
+    // Each as large as the output, so that memory shared with one is shared with no other.
+    Array input(kF32, 15), weights(kF32, 40), bias(kF32, 15), output(kF32, 15);
+    Array offsets = int_array(DType::kInt64, {0, 1, 3, 0, 0, 0, 0, 0});
+    Array slots(DType::kInt32, 15);
     struct Arguments {
         TensorView input, weights, bias, offsets, slots;
         int per_token = 1;
@@ -672,7 +686,7 @@ void test_gemm_names_the_bad_argument() {
 }
 
 void test_linear_names_the_bad_argument() {
-    Array input(kF32, 12), weight(kF32, 20), bias(kF32, 5), output(kF32, 15);
+    Array input(kF32, 15), weight(kF32, 20), bias(kF32, 5), output(kF32, 15);
     const TensorView x = input.view({3, 4}), w = weight.view({5, 4}), b = bias.view({5}),
                      y = output.view({3, 5});
     const auto bad = [](TensorView x, const GroupedGemmWeights& w, TensorView b, TensorView y,
@@ -859,8 +873,9 @@ void test_combine_is_exact() {
 }
 
 void test_combine_names_the_bad_argument() {
-    Array rows(kF32, 20), slots(DType::kInt32, 6), weights(kF32, 6), shared(kF32, 15);
-    Array scale(kF32, 3), output(kF32, 15);
+    // Each as large as the output, so that memory shared with one is shared with no other.
+    Array rows(kF32, 20), slots(DType::kInt32, 15), weights(kF32, 15), shared(kF32, 16);
+    Array scale(kF32, 15), output(kF32, 15);
     struct Arguments {
         TensorView rows, slots, weights, shared, scale, output;
     };
@@ -924,8 +939,8 @@ void add_op_tests(std::vector<Test>& tests) {
         {{"routing_matches_float64_for_every_score_function",
           test_routing_matches_float64_for_every_score_function},
          {"routing_keeps_the_best_groups", test_routing_keeps_the_best_groups},
-         {"routing_of_no_tokens_and_of_a_smallest_divisor",
-          test_routing_of_no_tokens_and_of_a_smallest_divisor},
+         {"routing_of_no_tokens_writes_nothing", test_routing_of_no_tokens_writes_nothing},
+         {"routing_bounds_the_sum_of_the_scores", test_routing_bounds_the_sum_of_the_scores},
          {"routing_orders_nan_and_infinite_logits", test_routing_orders_nan_and_infinite_logits},
          {"routing_names_the_bad_argument", test_routing_names_the_bad_argument},
          {"sort_matches_a_naive_sort", test_sort_matches_a_naive_sort},

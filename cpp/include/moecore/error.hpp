@@ -1,9 +1,10 @@
 #pragma once
 
+#include <charconv>
 #include <cstdint>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace moecore {
 
@@ -26,12 +27,24 @@ public:
     using std::runtime_error::runtime_error;
 };
 
+/// Text of one part of a message: a string, a number, or a bool as true or false. No iostreams:
+/// their locale objects break where two copies of the C++ library meet in one process.
+template <typename Part>
+std::string text_of(const Part& part) {
+    if constexpr (std::is_same_v<Part, bool>) {
+        return part ? "true" : "false";
+    } else if constexpr (std::is_arithmetic_v<Part>) {
+        char digits[64];
+        return {digits, std::to_chars(digits, digits + sizeof digits, part).ptr};
+    } else {
+        return std::string(part);
+    }
+}
+
 /// Joins parts into one string.
 template <typename... Parts>
 std::string concat(const Parts&... parts) {
-    std::ostringstream stream;
-    (stream << ... << parts);
-    return stream.str();
+    return (std::string() + ... + text_of(parts));
 }
 
 /// Throws InvalidArgument made of `parts` unless `condition` holds. Call sites are on the host path

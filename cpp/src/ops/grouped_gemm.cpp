@@ -55,8 +55,10 @@ WeightSizes describe_weights(const Check& check, const GroupedGemmWeights& weigh
 void check_bias(const Check& check, const TensorView& bias, const WeightSizes& sizes,
                 const TensorView& input, const TensorView& output, GroupedGemmArgs& args) {
     if (!bias.defined()) return;
-    check.that(bias.dtype == DType::kFloat32 || bias.dtype == input.dtype,
-               "bias must be float32 or ", name_of(input.dtype), ", got ", name_of(bias.dtype));
+    if (input.dtype == DType::kFloat32)
+        check.dtype("bias", bias, {DType::kFloat32});
+    else
+        check.dtype("bias", bias, {DType::kFloat32, input.dtype});
     check.shape("bias", bias, {sizes.num_groups, sizes.n});
     check.rows_contiguous("bias", bias);
     check.device("bias", bias, input.device);

@@ -27,6 +27,7 @@ int64_t TensorView::num_elements() const {
 }
 
 bool TensorView::is_contiguous() const {
+    if (num_elements() == 0) return true;
     int64_t stride = 1;
     for (int i = rank - 1; i >= 0; --i) {
         if (shape[i] > 1 && strides[i] != stride) return false;

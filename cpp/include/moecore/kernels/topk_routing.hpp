@@ -23,7 +23,16 @@ struct TopkRoutingArgs {
     /// Choice needs the scores themselves; otherwise the logits order experts alike, without ties
     /// that rounding of the score would make.
     bool choose_on_scores() const {
-        return selection_bias != nullptr || config.group_limit == GroupLimit::kTop2Sum;
+        return config.score_function != ScoreFunction::kRawLogits &&
+               (selection_bias != nullptr || config.group_limit == GroupLimit::kTop2Sum);
+    }
+
+    /// Whether softmax must be divided by its sum over all E: renormalising cancels that sum,
+    /// unless the choice or the divisor's bounds see the scores.
+    bool divide_softmax() const {
+        return config.score_function == ScoreFunction::kSoftmax &&
+               (!config.renormalize || choose_on_scores() || config.norm_epsilon > 0 ||
+                config.norm_min > 0);
     }
 };
 

@@ -96,9 +96,7 @@ inline void compute_scores(const TopkRoutingArgs& args, int padded, float row_ma
                 exp(sub(F32x16::load(row.logit + e), shift)).store(row.score + e);
             break;
     }
-    const bool divide = args.config.score_function == ScoreFunction::kSoftmax &&
-                        (!args.config.renormalize || args.choose_on_scores());
-    if (!divide) return;
+    if (!args.divide_softmax()) return;
     float partial[kSumLanes] = {};
     F32x16 low = F32x16::broadcast(0.0f), high = low;
     for (int e = 0; e < padded; e += kSumLanes) {
