@@ -62,9 +62,7 @@ class MoELayer:
         shared_gate: Tensor | None = None,
     ) -> None:
         if len(down.shape) != 3:
-            raise ValueError(
-                f"MoELayer: down must have 3 dimensions, got shape {list(down.shape)}"
-            )
+            raise ValueError(f"MoELayer: down must have 3 dimensions, got shape {list(down.shape)}")
         num_local_experts, hidden_size, intermediate_size = down.shape
         weights = {
             "gate_up": gate_up,

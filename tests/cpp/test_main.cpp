@@ -32,7 +32,6 @@ int main() {
             std::cout << "FAILED " << test.name << "\n  " << error.what() << std::endl;
         }
     }
-    std::cout << tests.size() - static_cast<size_t>(failed) << " passed, " << failed
-              << " failed\n";
+    std::cout << tests.size() - static_cast<size_t>(failed) << " passed, " << failed << " failed\n";
     return failed == 0 ? 0 : 1;
 }

@@ -65,19 +65,27 @@ public:
 
     double operator[](int64_t i) const {
         switch (dtype_) {
-            case DType::kFloat32: return load<float>(i);
-            case DType::kInt32: return load<int32_t>(i);
-            case DType::kInt64: return static_cast<double>(load<int64_t>(i));
-            case DType::kBFloat16: break;
+            case DType::kFloat32:
+                return load<float>(i);
+            case DType::kInt32:
+                return load<int32_t>(i);
+            case DType::kInt64:
+                return static_cast<double>(load<int64_t>(i));
+            case DType::kBFloat16:
+                break;
         }
         return std::bit_cast<float>(uint32_t{load<uint16_t>(i)} << 16);
     }
     void set(int64_t i, double value) {
         switch (dtype_) {
-            case DType::kFloat32: return store(i, static_cast<float>(value));
-            case DType::kInt32: return store(i, static_cast<int32_t>(value));
-            case DType::kInt64: return store(i, static_cast<int64_t>(value));
-            case DType::kBFloat16: return store(i, to_bf16(static_cast<float>(value)));
+            case DType::kFloat32:
+                return store(i, static_cast<float>(value));
+            case DType::kInt32:
+                return store(i, static_cast<int32_t>(value));
+            case DType::kInt64:
+                return store(i, static_cast<int64_t>(value));
+            case DType::kBFloat16:
+                return store(i, to_bf16(static_cast<float>(value)));
         }
     }
     void fill(double value) {

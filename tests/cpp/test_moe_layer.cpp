@@ -64,8 +64,8 @@ struct Layer {
         return one[0];
     }
 
-    /// down(swiglu(x @ gate_up)), rounded to the layer's dtype where the layer stores it. `magnitude`
-    /// gets the sum of the absolute terms of each feature.
+    /// down(swiglu(x @ gate_up)), rounded to the layer's dtype where the layer stores it.
+    /// `magnitude` gets the sum of the absolute terms of each feature.
     std::vector<double> mlp(const std::vector<double>& x, const Array& up_weights,
                             const Array& down_weights, int64_t inner, int64_t expert, bool biased,
                             std::vector<double>& magnitude) const {
@@ -79,8 +79,8 @@ struct Layer {
         for (int64_t f = 0; f < inner; ++f) {
             const int64_t row = expert * 2 * inner + f;
             const double g = matrix_row(up_weights, row, x) + (biased ? gate_up_bias[row] : 0.0);
-            const double u = matrix_row(up_weights, row + inner, x) +
-                             (biased ? gate_up_bias[row + inner] : 0.0);
+            const double u =
+                matrix_row(up_weights, row + inner, x) + (biased ? gate_up_bias[row + inner] : 0.0);
             middle.push_back(round(g * sigmoid(g) * u));
         }
         std::vector<double> result;
@@ -119,8 +119,7 @@ struct Layer {
         // Of a term: a stored intermediate that lies near a tie may round to the neighbour, one
         // unit in the last place, and so may the row; float32 sums of 67 + 35 terms on the way,
         // whose own terms are up to ten times their sum, lose less than 2000 units of 2^-24.
-        const double relative =
-            (c.dtype == DType::kBFloat16 ? 2 * 0x1p-8 : 0.0) + 2000 * 0x1p-24;
+        const double relative = (c.dtype == DType::kBFloat16 ? 2 * 0x1p-8 : 0.0) + 2000 * 0x1p-24;
         for (int64_t t = 0; t < num_tokens; ++t) {
             std::vector<double> x, wanted(kHidden), size(kHidden);
             for (int64_t h = 0; h < kHidden; ++h) x.push_back(hidden[t * kHidden + h]);
@@ -143,8 +142,7 @@ struct Layer {
                 for (int64_t h = 0; h < kHidden; ++h)
                     gate += shared_gate[h] * x[static_cast<size_t>(h)];
                 std::vector<double> magnitude;
-                const auto row =
-                    mlp(x, shared_gate_up, shared_down, kShared, 0, false, magnitude);
+                const auto row = mlp(x, shared_gate_up, shared_down, kShared, 0, false, magnitude);
                 accumulate(c.with_shared_gate ? sigmoid(gate) : 1.0, row, magnitude);
             }
             for (size_t h = 0; h < wanted.size(); ++h)
@@ -163,11 +161,10 @@ struct Layer {
 
 void test_layer_matches_float64_in_a_workspace_of_exact_size() {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
-        for (const LayerCase& c : {LayerCase{dtype, true, true, true, 0, 5},
-                                   LayerCase{dtype, true, false, false, 0, 5},
-                                   LayerCase{dtype, false, false, true, 0, 5},
-                                   LayerCase{dtype, true, true, false, 2, 2},
-                                   LayerCase{dtype, false, false, false, 4, 1}}) {
+        for (const LayerCase& c :
+             {LayerCase{dtype, true, true, true, 0, 5}, LayerCase{dtype, true, false, false, 0, 5},
+              LayerCase{dtype, false, false, true, 0, 5}, LayerCase{dtype, true, true, false, 2, 2},
+              LayerCase{dtype, false, false, false, 4, 1}}) {
             Layer sample(c);
             const MoELayer layer(sample.config, sample.weights);
             for (const int64_t num_tokens : {0, 1, 2, 13}) sample.check(layer, num_tokens);
@@ -220,7 +217,8 @@ void test_layer_drops_ids_of_nobody() {
     const MoELayer layer(sample.config, sample.weights);
     Random random(1);
     Array hidden = random.array(DType::kFloat32, 2 * Layer::kHidden);
-    Array ids = int_array(DType::kInt32, {-1, 5, -7, 99}), scores = random.array(DType::kFloat32, 4);
+    Array ids = int_array(DType::kInt32, {-1, 5, -7, 99}),
+          scores = random.array(DType::kFloat32, 4);
     Array output = random.array(DType::kFloat32, 2 * Layer::kHidden);
     Workspace workspace({}, layer.workspace_bytes(2));
     layer.forward_routed(hidden.view({2, Layer::kHidden}), ids.view({2, 2}), scores.view({2, 2}),
@@ -298,12 +296,13 @@ void test_layer_names_the_bad_argument() {
 }  // namespace
 
 void add_moe_layer_tests(std::vector<Test>& tests) {
-    tests.insert(tests.end(), {{"layer_matches_float64_in_a_workspace_of_exact_size",
-                                test_layer_matches_float64_in_a_workspace_of_exact_size},
-                               {"layer_bits_do_not_depend_on_packing_or_threads",
-                                test_layer_bits_do_not_depend_on_packing_or_threads},
-                               {"layer_drops_ids_of_nobody", test_layer_drops_ids_of_nobody},
-                               {"layer_names_the_bad_argument", test_layer_names_the_bad_argument}});
+    tests.insert(tests.end(),
+                 {{"layer_matches_float64_in_a_workspace_of_exact_size",
+                   test_layer_matches_float64_in_a_workspace_of_exact_size},
+                  {"layer_bits_do_not_depend_on_packing_or_threads",
+                   test_layer_bits_do_not_depend_on_packing_or_threads},
+                  {"layer_drops_ids_of_nobody", test_layer_drops_ids_of_nobody},
+                  {"layer_names_the_bad_argument", test_layer_names_the_bad_argument}});
 }
 
 }  // namespace moecore::test

@@ -49,11 +49,18 @@ Routed route_row(const std::vector<double>& logits, const std::vector<double>& b
     double total = 0.0;
     for (size_t e = 0; e < count; ++e) {
         switch (config.score_function) {
-            case ScoreFunction::kSoftmax: score[e] = std::exp(logits[e] - row_max); break;
-            case ScoreFunction::kSigmoid: score[e] = sigmoid(logits[e]); break;
-            case ScoreFunction::kSqrtSoftplus: score[e] = std::sqrt(std::log1p(std::exp(logits[e])));
+            case ScoreFunction::kSoftmax:
+                score[e] = std::exp(logits[e] - row_max);
                 break;
-            case ScoreFunction::kRawLogits: score[e] = logits[e]; break;
+            case ScoreFunction::kSigmoid:
+                score[e] = sigmoid(logits[e]);
+                break;
+            case ScoreFunction::kSqrtSoftplus:
+                score[e] = std::sqrt(std::log1p(std::exp(logits[e])));
+                break;
+            case ScoreFunction::kRawLogits:
+                score[e] = logits[e];
+                break;
         }
         total += score[e];
     }
@@ -89,10 +96,9 @@ Routed route_row(const std::vector<double>& logits, const std::vector<double>& b
         return result;
     }
     for (const double w : result.weights) sum += w;
-    const double divisor =
-        config.renormalize
-            ? std::max(sum + config.norm_epsilon, static_cast<double>(config.norm_min))
-            : 1.0;
+    const double divisor = config.renormalize ? std::max(sum + config.norm_epsilon,
+                                                         static_cast<double>(config.norm_min))
+                                              : 1.0;
     for (double& w : result.weights) w = w / divisor * config.scale;
     return result;
 }
@@ -174,9 +180,8 @@ void test_routing_of_no_tokens_writes_nothing() {
 void test_routing_bounds_the_sum_of_the_scores() {
     for (const int64_t num_experts : {5, 256})
         for (const bool with_bias : {true, false})
-            for (const ScoreFunction score :
-                 {ScoreFunction::kSigmoid, ScoreFunction::kSqrtSoftplus, ScoreFunction::kRawLogits,
-                  ScoreFunction::kSoftmax}) {
+            for (const ScoreFunction score : {ScoreFunction::kSigmoid, ScoreFunction::kSqrtSoftplus,
+                                              ScoreFunction::kRawLogits, ScoreFunction::kSoftmax}) {
                 RoutingConfig config{.top_k = 2, .score_function = score, .norm_epsilon = 0.125f};
                 check_routing_case(config, num_experts, kF32, with_bias, 3, 0);
                 config.norm_min = 4.0f;
@@ -203,8 +208,8 @@ void test_routing_names_the_bad_argument() {
                      w = weights.view({3, 2});
     const RoutingConfig good{.top_k = 2};
     const auto bad = [](TensorView l, TensorView b, RoutingConfig c, TensorView i, TensorView w,
-                        const char* text, std::source_location where =
-                                              std::source_location::current()) {
+                        const char* text,
+                        std::source_location where = std::source_location::current()) {
         expect_invalid([&] { topk_routing(l, b, c, i, w); }, std::string("topk_routing: ") + text,
                        where);
     };
@@ -240,13 +245,12 @@ void test_routing_names_the_bad_argument() {
     bad(l, b, {.top_k = 2, .norm_min = NAN}, i, w, "norm_min must");
     bad(l, b, {.top_k = 2, .group_limit = GroupLimit::kMax, .num_groups = 3}, i, w,
         "num_groups must");
-    bad(l, b, {.top_k = 2, .group_limit = GroupLimit::kMax, .num_groups = 2, .topk_group = 3}, i,
-        w, "topk_group must");
-    bad(l, b, {.top_k = 2, .group_limit = GroupLimit::kMax, .num_groups = 4, .topk_group = 1}, i,
-        w, "top_k must");
+    bad(l, b, {.top_k = 2, .group_limit = GroupLimit::kMax, .num_groups = 2, .topk_group = 3}, i, w,
+        "topk_group must");
+    bad(l, b, {.top_k = 2, .group_limit = GroupLimit::kMax, .num_groups = 4, .topk_group = 1}, i, w,
+        "top_k must");
     Array wide(kF32, 1025);
-    bad(wide.view({1, 1025}), {}, good, ids.view({1, 2}), weights.view({1, 2}),
-        "num_experts must");
+    bad(wide.view({1, 1025}), {}, good, ids.view({1, 2}), weights.view({1, 2}), "num_experts must");
 }
 
 // --- sort_by_expert -----------------------------------------------------------------------------
@@ -284,8 +288,8 @@ void test_sort_matches_a_naive_sort() {
     check_sort({4}, 1, 0, 5);
     check_sort({4}, 1, 5, 5);
     check_sort({7, 7, 7, 7}, 2, 7, 1);
-    check_sort({-1, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max(), 3},
-               2, 2, 2);
+    check_sort({-1, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max(), 3}, 2,
+               2, 2);
     Random random(5);
     for (const int64_t num_experts : {1, 8, 129, 1024})
         for (const int64_t num_tokens : {1, 3, 64, 1000}) {
@@ -303,8 +307,8 @@ void test_sort_names_the_bad_argument() {
     const TensorView i = ids.view({3, 2}), s = slots.view({6}), r = rows.view({6}),
                      o = offsets.view({5});
     const auto bad = [](TensorView i, int64_t first, TensorView s, TensorView r, TensorView o,
-                        const char* text, std::source_location where =
-                                              std::source_location::current()) {
+                        const char* text,
+                        std::source_location where = std::source_location::current()) {
         expect_invalid([&] { sort_by_expert(i, first, s, r, o); },
                        std::string("sort_by_expert: ") + text, where);
     };
@@ -344,8 +348,10 @@ struct GemmCase {
 
 double activate(const GroupedGemmConfig& config, double g, double u) {
     switch (config.activation) {
-        case Activation::kNone: return g;
-        case Activation::kSwiglu: return g * sigmoid(g) * u;
+        case Activation::kNone:
+            return g;
+        case Activation::kSwiglu:
+            return g * sigmoid(g) * u;
         case Activation::kClampedSwiglu: {
             const double limit = config.limit;
             g = std::min(g, limit);
@@ -416,12 +422,11 @@ void check_gemm(const GemmCase& c) {
     const auto run = [&](const GroupedGemmWeights& w, int threads) {
         Array output = untouched;
         set_num_threads(threads);
-        grouped_gemm(input.rows(num_inputs, c.k_dim, in_stride), w,
-                     c.with_bias ? bias.view({num_groups, c.n}) : TensorView{},
-                     offsets.view({num_groups + 1}),
-                     c.gather ? slots.view({num_rows}) : TensorView{},
-                     c.gather ? kSlotsPerToken : 1, c.config,
-                     output.rows(num_rows, width, out_stride));
+        grouped_gemm(
+            input.rows(num_inputs, c.k_dim, in_stride), w,
+            c.with_bias ? bias.view({num_groups, c.n}) : TensorView{},
+            offsets.view({num_groups + 1}), c.gather ? slots.view({num_rows}) : TensorView{},
+            c.gather ? kSlotsPerToken : 1, c.config, output.rows(num_rows, width, out_stride));
         return output;
     };
     const Array output = run(plain, 1);
@@ -431,7 +436,8 @@ void check_gemm(const GemmCase& c) {
                c.with_bias, " gather ", c.gather, " gap ", c.gap);
     for (const int threads : {1, 2}) {
         expect(run(plain, threads).bytes() == output.bytes(), "plain bits, " + what);
-        expect(run(plain_transposed, threads).bytes() == output.bytes(), "transposed bits, " + what);
+        expect(run(plain_transposed, threads).bytes() == output.bytes(),
+               "transposed bits, " + what);
         expect(run(packed, threads).bytes() == output.bytes(), "packed bits, " + what);
         expect(run(packed_transposed, threads).bytes() == output.bytes(),
                "packed from transposed bits, " + what);
@@ -441,8 +447,7 @@ void check_gemm(const GemmCase& c) {
         double value, bound;
     };
     const auto dot = [&](int64_t group, int64_t row, int64_t feature) {
-        const int64_t source =
-            c.gather ? static_cast<int64_t>(slots[row]) / kSlotsPerToken : row;
+        const int64_t source = c.gather ? static_cast<int64_t>(slots[row]) / kSlotsPerToken : row;
         Dot result{0.0, 0.0};
         for (int64_t k = 0; k < c.k_dim; ++k) {
             const double product =
@@ -465,7 +470,8 @@ void check_gemm(const GemmCase& c) {
             for (int64_t f = 0; f < width; ++f) {
                 written[static_cast<size_t>(r * out_stride + f)] = true;
                 const double actual = output[r * out_stride + f];
-                const std::string where = concat("group ", g, " row ", r, " feature ", f, ", ", what);
+                const std::string where =
+                    concat("group ", g, " row ", r, " feature ", f, ", ", what);
                 const Dot gate = dot(g, r, gated && interleaved ? 2 * f : f);
                 if (!gated) {
                     expect_close(actual, gate.value, gate.bound, c.output_dtype, where);
@@ -476,8 +482,8 @@ void check_gemm(const GemmCase& c) {
                 // |d/dg| <= 1.13 (|u| + offset), |d/du| <= |g|; the function itself loses a dozen
                 // roundings, relative to g (u + offset), which bounds the result.
                 const double u = std::abs(up.value) + 1.0, gv = std::abs(gate.value);
-                const double bound = 1.2 * gate.bound * (u + up.bound) + up.bound * gv +
-                                     16 * kEps * gv * u;
+                const double bound =
+                    1.2 * gate.bound * (u + up.bound) + up.bound * gv + 16 * kEps * gv * u;
                 expect_close(actual, wanted, bound, c.output_dtype, where);
             }
     for (int64_t i = 0; i < output.size(); ++i)
@@ -613,9 +619,14 @@ void test_gemm_names_the_bad_argument() {
         GroupedGemmConfig config;
         TensorView output;
     };
-    const Arguments good{input.view({3, 4}), weights.view({2, 5, 4}), bias.view({2, 5}),
-                         offsets.view({3}),  slots.view({3}),         1,
-                         {},                 output.view({3, 5})};
+    const Arguments good{input.view({3, 4}),
+                         weights.view({2, 5, 4}),
+                         bias.view({2, 5}),
+                         offsets.view({3}),
+                         slots.view({3}),
+                         1,
+                         {},
+                         output.view({3, 5})};
     const auto call = [](const Arguments& a) {
         grouped_gemm(a.input, a.weights, a.bias, a.offsets, a.slots, a.per_token, a.config,
                      a.output);
@@ -690,8 +701,8 @@ void test_linear_names_the_bad_argument() {
     const TensorView x = input.view({3, 4}), w = weight.view({5, 4}), b = bias.view({5}),
                      y = output.view({3, 5});
     const auto bad = [](TensorView x, const GroupedGemmWeights& w, TensorView b, TensorView y,
-                        const char* text, std::source_location where =
-                                              std::source_location::current()) {
+                        const char* text,
+                        std::source_location where = std::source_location::current()) {
         expect_invalid([&] { linear(x, w, b, {}, y); }, std::string("linear: ") + text, where);
     };
     TensorView reversed = w, short_rows = b;

@@ -33,6 +33,8 @@ template <typename Part>
 std::string text_of(const Part& part) {
     if constexpr (std::is_same_v<Part, bool>) {
         return part ? "true" : "false";
+    } else if constexpr (std::is_same_v<Part, char>) {
+        return std::string(1, part);
     } else if constexpr (std::is_arithmetic_v<Part>) {
         char digits[64];
         return {digits, std::to_chars(digits, digits + sizeof digits, part).ptr};
