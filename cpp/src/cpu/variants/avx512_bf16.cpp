@@ -62,8 +62,8 @@ const KernelTable& avx512_bf16_kernels() {
          tile_bf16<6>},
         {nullptr, tile_f32<1>, tile_f32<2>, tile_f32<3>, tile_f32<4>, tile_f32<5>, tile_f32<6>},
         store_tile,
-        pack_lanes_bf16,
-        pack_lanes_f32,
+        pack_lanes<uint16_t>,
+        pack_lanes<float>,
         combine_tokens,
     };
     return table;
