@@ -332,3 +332,11 @@ def test_a_bad_routing_is_named_with_what_it_is(device):
         layer.forward_routed(x, ids, topk_weights.bfloat16())
     with pytest.raises(TypeError, match="topk_ids must be a tensor"):
         layer.forward_routed(x, None, topk_weights)
+
+
+def test_an_output_inside_the_weights_is_refused():
+    gate_up, down = torch.ones(2, 8, 4), torch.ones(2, 4, 4)
+    layer = moecore.MoELayer(gate_up, down, ops.RoutingConfig(top_k=1))
+    with pytest.raises(ValueError, match="output must not overlap down"):
+        layer(torch.ones(4, 4), torch.ones(4, 2), out=down[0])
+    assert (down == 1).all()

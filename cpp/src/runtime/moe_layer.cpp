@@ -123,6 +123,8 @@ void MoELayer::run_experts(const TensorView& hidden_states, const TensorView& to
     kCheck.dtype("output", output, {config_.dtype});
     kCheck.shape("output", output, {hidden_states.shape[0], config_.hidden_size});
     kCheck.no_overlap("output", output, "hidden_states", hidden_states);
+    kCheck.no_overlap("output", output, "gate_up", weights_.gate_up.plain);
+    kCheck.no_overlap("output", output, "down", weights_.down.plain);
     const int64_t num_slots = topk_ids.num_elements();
     const int top_k = config_.routing.top_k;
 
