@@ -19,7 +19,11 @@ void expect(bool condition, const std::string& message, std::source_location whe
 int main() {
     using namespace moecore;
     std::vector<test::Test> tests;
-    test::add_op_tests(tests);
+    test::add_topk_routing_tests(tests);
+    test::add_sort_by_expert_tests(tests);
+    test::add_grouped_gemm_tests(tests);
+    test::add_packed_weights_tests(tests);
+    test::add_combine_tests(tests);
     test::add_moe_layer_tests(tests);
     std::cout << "CPU kernels: " << build_info().cpu_isa << "\n";
     int failed = 0;

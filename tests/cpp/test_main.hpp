@@ -19,12 +19,22 @@
 
 namespace moecore::test {
 
+constexpr DType kF32 = DType::kFloat32;
+constexpr DType kBf16 = DType::kBFloat16;
+constexpr double kEps = 0x1p-24;  // half a unit in the last place of float32
+
+inline double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
 struct Test {
     std::string name;
     void (*run)();
 };
 
-void add_op_tests(std::vector<Test>& tests);
+void add_topk_routing_tests(std::vector<Test>& tests);
+void add_sort_by_expert_tests(std::vector<Test>& tests);
+void add_grouped_gemm_tests(std::vector<Test>& tests);
+void add_packed_weights_tests(std::vector<Test>& tests);
+void add_combine_tests(std::vector<Test>& tests);
 void add_moe_layer_tests(std::vector<Test>& tests);
 
 /// Throws with the place of the call unless `condition` holds.

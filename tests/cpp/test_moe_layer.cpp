@@ -8,8 +8,6 @@
 namespace moecore::test {
 namespace {
 
-double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
-
 struct LayerCase {
     DType dtype = DType::kFloat32;
     bool with_shared = true;
