@@ -9,6 +9,7 @@ import torch  # noqa: F401  isort: skip
 
 from moecore import ops
 from moecore._core import CudaError, UnsupportedError, build_info, num_threads, set_num_threads
+from moecore.errors import FormatError
 from moecore.moe_layer import MoELayer
 from moecore.ops import PackedWeights, Routing
 
@@ -16,6 +17,7 @@ __version__: str = build_info()["version"]
 
 __all__ = [
     "CudaError",
+    "FormatError",
     "MoELayer",
     "PackedWeights",
     "Routing",
