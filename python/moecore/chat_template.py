@@ -49,8 +49,8 @@ class ChatTemplate:
         variables = {"tools": None, "documents": None} | variables
         try:
             return self._choose(variables["tools"]).render(**variables)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat template: {error.message or type(error).__name__}") from None
+        except (jinja2.TemplateError, TypeError) as error:  # TypeError: None + "text" in it
+            raise ValueError(f"chat template: {error or type(error).__name__}") from None
 
     def _choose(self, tools: object) -> jinja2.Template:
         if len(self._templates) == 1:

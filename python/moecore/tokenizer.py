@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,8 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(
-                f"Tokenizer: no tokenizer.json in {folder.absolute()}; download it with the model, or"
-                " make it from other tokenizer files with transformers:"
+                f"Tokenizer: no tokenizer.json in {folder.absolute()}; download it with the model,"
+                " or make it from other tokenizer files with transformers:"
                 " AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         try:
@@ -108,8 +107,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError(
-                "Tokenizer: this model has no chat template (no chat_template.jinja in its folder, no"
-                " chat_template in tokenizer_config.json); give it plain text with generate()"
+                "Tokenizer: this model has no chat template (no chat_template.jinja in its folder,"
+                " no chat_template in tokenizer_config.json); give it plain text with generate()"
             )
         return self.chat_template.render(
             messages=messages,
@@ -167,8 +166,7 @@ class TextStream:
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
-        self._context_text = tokenizer.decode(self._context)
+        self._context, self._context_text = _context_of(tokenizer, prompt_token_ids)
         self._pending: list[int] = []  # tokens whose text is not final
         self._held = ""  # decoded text that may begin a stop string
         self._text: list[str] = []
@@ -207,8 +205,8 @@ class TextStream:
         tokens, self._pending = self._pending[:count], self._pending[count:]
         if decoded is None:
             decoded = self._tokenizer.decode(self._context + tokens)
-        piece = decoded[len(commonprefix([self._context_text, decoded])) :]
-        if tokens:
+        piece = _added(self._context_text, decoded)
+        if piece:  # what has no text, as special tokens have none, says nothing on what follows
             self._context = tokens[-_CONTEXT_TOKENS:]
             self._context_text = self._tokenizer.decode(self._context)
         return piece
@@ -232,6 +230,25 @@ class TextStream:
             if any(s.startswith(end) for s in self._stop):
                 return length
         return 0
+
+
+def _context_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> tuple[list[int], str]:
+    """The last tokens, from the beginning of a character on where there is one, and their text."""
+    for count in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _UNFINISHED_TOKENS + 1):
+        context = list(token_ids[-count:])
+        text = tokenizer.decode(context)
+        if not text.startswith(_REPLACEMENT):
+            break
+    return context, text
+
+
+def _added(before: str, after: str) -> str:
+    """What a text has beyond an earlier state of it, whose last characters it may replace."""
+    if after.startswith(before):
+        return after[len(before) :]
+    pairs = enumerate(zip(before, after, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+    return after[same:]
 
 
 def _read_json(file: Path) -> dict[str, Any]:
