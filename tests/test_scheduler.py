@@ -99,7 +99,7 @@ def test_a_paused_sequence_goes_on_where_it_was():
 
 def test_a_preempted_sequence_is_ahead_of_those_that_came_later():
     scheduler = make_scheduler(num_blocks=5, block_size=2, max_num_seqs=2)
-    old, young, later = add(scheduler, 3), add(scheduler, 2), add(scheduler, 1)
+    _, young, later = add(scheduler, 3), add(scheduler, 2), add(scheduler, 1)
     for _ in range(5):
         run_pass(scheduler)
     assert list(scheduler.waiting) == [young, later]
