@@ -1,6 +1,7 @@
 """Roofs of this machine, measured by the C++ benchmarks' own code.
 
-Build once: cmake -S . -B build-bench -DMOECORE_BENCH=ON -DMOECORE_CUDA=OFF && cmake --build build-bench
+Build it once:
+    cmake -S . -B build-bench -DMOECORE_BENCH=ON && cmake --build build-bench
 """
 
 from __future__ import annotations

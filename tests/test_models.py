@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FAMILIES, VOCAB, edit_config, fuse_experts, make_model, save
-from model_runs import Runner, logits_of
 from transformers import AutoModelForCausalLM
 
 import moecore
+from checkpoints import FAMILIES, VOCAB, edit_config, fuse_experts, make_model, save
+from model_runs import Runner, logits_of
 from moecore import SamplingParams
 from moecore.config import RopeConfig, read_config
 from moecore.rope import cos_sin_table
@@ -97,7 +98,7 @@ def test_logits_have_the_same_bits_in_any_batch_and_any_chunks(checkpoint, dtype
     runner = Runner(folder, dtype)
     cuts = [0, 1, 64, 65, 100, 149, 150]
     pieces = []
-    for step, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for step, (begin, end) in enumerate(itertools.pairwise(cuts)):
         others = {7: TOKENS[step * 9 : step * 9 + 5], 8: [step]}
         order = {7: others[7], 0: TOKENS[begin:end], 8: others[8]}
         pieces.append(runner.run(order)[0])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from inspect import signature
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
 
-from moecore._core import UnsupportedError, build_info
+from moecore._core import UnsupportedError
 from moecore.config import ModelConfig, read_config
 from moecore.engine import Engine
 from moecore.hub import resolve_model
@@ -21,15 +23,11 @@ from moecore.model_runner import ModelRunner, plan_cache
 from moecore.models.load import load_model
 from moecore.outputs import RequestOutput
 from moecore.sampling_params import SamplingParams
+from moecore.target import choose_device, choose_dtype
 from moecore.tokenizer import Tokenizer
 
-Prompt = Union[str, Sequence[int], Mapping[str, Any]]
-Message = Mapping[str, Any]
-
-_KEYWORDS = (
-    "model device dtype max_model_len max_num_seqs max_num_batched_tokens kv_cache_memory "
-    "load_format revision seed expert_parallel_size skip_tokenizer_init use_tqdm"
-).split()
+Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
+Message: TypeAlias = Mapping[str, Any]
 
 
 class LLM:
@@ -39,7 +37,7 @@ class LLM:
         model: a checkpoint folder or a hub id; None is the model bundled with moecore.
         device: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA if this build has its kernels and torch
             sees a GPU, else the CPU.
-        dtype: "float32" or "bfloat16", of weights, activations and cache; "auto" is the checkpoint's.
+        dtype: "float32" or "bfloat16", of weights, activations and cache; "auto": the checkpoint's.
         max_model_len: tokens of a prompt and its completion; None is the model's own limit, or less
             if the cache cannot hold that many.
         max_num_seqs: sequences that run at a time; others wait.
@@ -83,7 +81,7 @@ class LLM:
         use_tqdm: bool = True,
         **unknown: Any,
     ) -> None:
-        reject_unknown("LLM", unknown, _KEYWORDS)
+        reject_unknown("LLM", unknown, _keywords())
         if load_format not in ("auto", "dummy"):
             raise ValueError(f"LLM: load_format must be 'auto' or 'dummy', got {load_format!r}")
         if expert_parallel_size != 1:
@@ -95,7 +93,7 @@ class LLM:
         folder = resolve_model(model, revision)
         self.config: ModelConfig = read_config(folder)
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(folder)
-        place, number = _device(device), _dtype(dtype, self.config, folder)
+        place, number = choose_device(device), choose_dtype(dtype, self.config, folder)
         limits = (max_model_len, max_num_seqs, kv_cache_memory)
         cache = plan_cache(self.config, number, place, *limits)
         network = load_model(
@@ -290,8 +288,8 @@ def generate(prompt: Prompt, model: str | Path | None = None, **options: Any) ->
     Example:
         >>> moecore.generate("Once upon a time", temperature=0)
     """
-    names = SamplingParams.field_names()
-    reject_unknown("generate", options, (*names, *_KEYWORDS))
+    names = {field.name for field in fields(SamplingParams)}
+    reject_unknown("generate", options, (*names, *_keywords()))
     sampling = {k: v for k, v in options.items() if k in names}
     engine = {k: v for k, v in options.items() if k not in names}
     if "seed" in sampling:
@@ -301,6 +299,11 @@ def generate(prompt: Prompt, model: str | Path | None = None, **options: Any) ->
         return llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].text
 
 
+def _keywords() -> list[str]:
+    parameters = signature(LLM).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
@@ -308,33 +311,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if items and all(isinstance(item, int) for item in items):
         return [items]
     return items
-
-
-def _device(device: str | torch.device) -> torch.device:
-    has_kernels = bool(build_info()["has_cuda"])
-    if device == "auto":
-        return torch.device("cuda" if has_kernels and torch.cuda.is_available() else "cpu")
-    place = torch.device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"LLM: device must be 'auto', 'cpu' or 'cuda', got {str(device)!r}")
-    if place.type == "cuda":
-        if not has_kernels:
-            raise UnsupportedError("LLM: device 'cuda' needs moecore built with nvcc")
-        if place.index is None:
-            place = torch.device("cuda", torch.cuda.current_device())
-    return place
-
-
-def _dtype(dtype: str | torch.dtype, config: ModelConfig, folder: Path) -> torch.dtype:
-    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype == "auto":
-        if config.dtype not in allowed.values():
-            raise UnsupportedError(
-                f"LLM: {folder} is {config.dtype}, which dtype='auto' does not convert; pass "
-                "dtype='bfloat16' or dtype='float32'"
-            )
-        return config.dtype
-    name = str(dtype).removeprefix("torch.")
-    if name not in allowed:
-        raise ValueError(f"LLM: dtype must be 'auto', 'float32' or 'bfloat16', got {name!r}")
-    return allowed[name]

@@ -55,7 +55,7 @@ class WeightSlot:
     """
 
     alternatives: tuple[tuple[Source, ...], ...]
-    load: Callable[..., None]
+    load: Callable[..., object]
     dtype: torch.dtype | None = None  # of the tensors that load gets (default: load_weights' dtype)
 
 

@@ -45,8 +45,10 @@ def _yarn(rope: RopeConfig, inv_freq: Tensor, max_positions: int) -> tuple[Tenso
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        both = mscale and mscale_all
-        attention_factor = magnitude(mscale) / magnitude(mscale_all) if both else magnitude(1.0)
+        if mscale and mscale_all:
+            attention_factor = magnitude(float(mscale)) / magnitude(float(mscale_all))
+        else:
+            attention_factor = magnitude(1.0)
 
     def dimension_of(rotations: float) -> float:
         """The dimension that turns `rotations` times over the original context."""

@@ -16,7 +16,7 @@ from moecore.attention import Attention
 from moecore.batch import Batch
 from moecore.config import ModelConfig
 from moecore.loading import Source, WeightSlot
-from moecore.models.layers import MLP, Linear, Parameter, Placement, fill
+from moecore.models.layers import MLP, Linear, Parameter, Placement, fill, one_matrix
 from moecore.models.moe import MoE
 from moecore.models.names import CheckpointNames
 from moecore.ops import PackedWeights
@@ -32,13 +32,13 @@ class Activations:
         self.delta = place.empty(num_tokens, config.hidden_size)  # what a block adds
         self.router_logits = place.empty(num_tokens, config.moe.num_experts)
         self.qkv = place.empty(num_tokens, (heads + 2 * kv_heads) * dim)
-        widths = (heads * dim, kv_heads * dim, kv_heads * dim)
-        self.q, self.k, self.v = self.qkv.split(widths, dim=1)  # [T, heads * dim]
-        self.q_heads = self.q.unflatten(1, (heads, dim))
-        self.k_heads = self.k.unflatten(1, (kv_heads, dim))
-        self.v_heads = self.v.unflatten(1, (kv_heads, dim))
+        widths = [heads * dim, kv_heads * dim, kv_heads * dim]
+        self.q, self.k, self.v = torch.split(self.qkv, widths, dim=1)  # [T, heads * dim]
+        self.q_heads = self.q.view(num_tokens, heads, dim)
+        self.k_heads = self.k.view(num_tokens, kv_heads, dim)
+        self.v_heads = self.v.view(num_tokens, kv_heads, dim)
         self.attended = place.empty(num_tokens, heads * dim)
-        self.attended_heads = self.attended.unflatten(1, (heads, dim))
+        self.attended_heads = self.attended.view(num_tokens, heads, dim)
 
 
 class SelfAttention:
@@ -168,7 +168,7 @@ class CausalLM:
         self._place = place
         # A tied embedding is read from the head's rows: one copy serves both.
         self._head = place.matrices(1, config.vocab_size, config.hidden_size, gated=False)
-        self._head_matrix = self._head if isinstance(self._head, PackedWeights) else self._head[0]
+        self._head_matrix = one_matrix(self._head)
         self._embedding: Tensor | PackedWeights = self._head_matrix
         if not config.tie_word_embeddings:
             self._embedding = place.empty(config.vocab_size, config.hidden_size)

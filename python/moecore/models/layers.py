@@ -40,6 +40,11 @@ class Placement:
         return PackedWeights(str(self.dtype).removeprefix("torch."), groups, n, k, gated)
 
 
+def one_matrix(weight: Tensor | PackedWeights) -> Tensor | PackedWeights:
+    """Return weights of one group as `ops.linear` takes them."""
+    return weight if isinstance(weight, PackedWeights) else weight[0]
+
+
 def fill(target: Tensor | PackedWeights, group: int, parts: Sequence[Tensor]) -> None:
     """Put one matrix, given as row blocks, into `target`; a gated one as gate and up."""
     if isinstance(target, PackedWeights):
@@ -87,7 +92,7 @@ class Linear:
         self._config = _SWIGLU if gated else _NO_ACTIVATION
         rows = sum(parts.values())
         self.weight = place.matrices(1, rows, in_features, gated=gated)
-        self.matrix = self.weight if isinstance(self.weight, PackedWeights) else self.weight[0]
+        self.matrix = one_matrix(self.weight)
         self.bias = place.empty(rows) if bias else None
         self.out_features = rows // 2 if gated else rows
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from moecore import ops
 from moecore.config import MoEConfig
 from moecore.loading import Source, WeightSlot
-from moecore.models.layers import MLP, Placement, fill
+from moecore.models.layers import MLP, Placement, fill, one_matrix
 from moecore.models.names import CheckpointNames
 from moecore.moe_layer import MoELayer
 
@@ -33,7 +33,7 @@ class MoE:
         self._local_experts = local_experts
         num_local, inner = len(local_experts), moe.intermediate_size
         self._router = place.matrices(1, moe.num_experts, hidden_size, gated=False)
-        self._router_matrix = self._router if place.packs else self._router[0]
+        self._router_matrix = one_matrix(self._router)
         self._gate_up = place.matrices(num_local, 2 * inner, hidden_size, gated=True)
         self._down = place.matrices(num_local, hidden_size, inner, gated=False)
         shared_size = moe.shared_intermediate_size
