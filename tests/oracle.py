@@ -326,3 +326,23 @@ def moe_layer(
         out += scale * y
         error += (scale + scale_error) * (y_error + sum_terms * y.abs()) + scale_error * y.abs()
     return out, rounded(out, error, dtype)
+
+
+def rms_norm(x, weight, eps):
+    """[..., N] float64."""
+    x = x.double()
+    return weight.double() * x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+
+
+def rotary_embedding(x, positions, cos_sin, interleaved=False, absolute=False):
+    """[T, n, D] float64; with `absolute` the sum of the magnitudes of its terms, for x >= 0."""
+    rotary_dim = cos_sin.shape[1]
+    cos, sin = (t[:, None, :].double() for t in cos_sin[positions.long()].chunk(2, dim=1))
+    if absolute:
+        cos, sin = cos.abs(), sin.abs()
+    sign = 1.0 if absolute else -1.0
+    x = x.double()
+    a, b = pair_of(x[..., :rotary_dim], interleaved)
+    turned = a * cos + sign * b * sin, b * cos + a * sin
+    turned = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([turned, x[..., rotary_dim:]], dim=-1)

@@ -4,8 +4,11 @@
 
 #include "moecore/error.hpp"
 #include "moecore/kernels/combine.hpp"
+#include "moecore/kernels/embedding.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
 #include "moecore/kernels/memory.hpp"
+#include "moecore/kernels/rms_norm.hpp"
+#include "moecore/kernels/rotary_embedding.hpp"
 #include "moecore/kernels/sort_by_expert.hpp"
 #include "moecore/kernels/topk_routing.hpp"
 
@@ -24,6 +27,9 @@ void topk_routing(const TopkRoutingArgs&, Stream) { throw_no_cuda("topk_routing"
 void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_expert"); }
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
+void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }
+void rms_norm(const RmsNormArgs&, Stream) { throw_no_cuda("rms_norm"); }
+void rotary_embedding(const RotaryEmbeddingArgs&, Stream) { throw_no_cuda("rotary_embedding"); }
 
 DeviceScope::DeviceScope(int) {}
 DeviceScope::~DeviceScope() {}

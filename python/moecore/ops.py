@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moecore import _core
 from moecore._core import GroupedGemmConfig, PackedWeights, RoutingConfig
+from moecore.decoder_ops import embedding, rms_norm, rotary_embedding
 
 __all__ = [
     "GroupedGemmConfig",
@@ -22,9 +23,12 @@ __all__ = [
     "RoutingConfig",
     "SortedSlots",
     "combine",
+    "embedding",
     "grouped_gemm",
     "linear",
     "prepare_weights",
+    "rms_norm",
+    "rotary_embedding",
     "sort_by_expert",
     "topk_routing",
 ]

@@ -31,5 +31,6 @@ PYBIND11_MODULE(_core, module) {
     module.def("num_threads", &moecore::num_threads);
 
     moecore::bindings::bind_ops(module);
+    moecore::bindings::bind_decoder_ops(module);
     moecore::bindings::bind_moe_layer(module);
 }

@@ -1,6 +1,7 @@
 #include "bindings/ops.hpp"
 
 #include "moecore/combine.hpp"
+#include "moecore/embedding.hpp"
 #include "moecore/error.hpp"
 #include "moecore/sort_by_expert.hpp"
 
@@ -48,6 +49,16 @@ void bind_packed_weights(py::module_& module) {
             },
             py::arg("group"), py::arg("gate"), py::arg("up"),
             "Pack gate [n / 2, k_dim] and up [n / 2, k_dim] of one group.")
+        .def(
+            "rows",
+            [](const PackedWeights& self, py::handle ids, py::handle out) {
+                const TensorArg ids_view(ids, "embedding", "ids");
+                const TensorArg output(out, "embedding", "output");
+                py::gil_scoped_release release;
+                embedding(ids_view, self, output);
+            },
+            py::arg("ids"), py::arg("out"),
+            "Copy rows ids [T] of the matrix (one group, not gated) to out [T, k_dim].")
         .def_property_readonly("dtype",
                                [](const PackedWeights& self) { return name_of(self.dtype()); })
         .def_property_readonly("shape",

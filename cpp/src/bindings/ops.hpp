@@ -12,6 +12,7 @@
 namespace moecore::bindings {
 
 void bind_ops(pybind11::module_& module);
+void bind_decoder_ops(pybind11::module_& module);
 void bind_moe_layer(pybind11::module_& module);
 
 /// "softmax" and so on; each throws InvalidArgument that lists the names it knows.

@@ -7,6 +7,8 @@
 
 #include "moecore/kernels/combine.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
+#include "moecore/kernels/rms_norm.hpp"
+#include "moecore/kernels/rotary_embedding.hpp"
 #include "moecore/kernels/topk_routing.hpp"
 
 namespace moecore::cpu {
@@ -55,6 +57,8 @@ struct KernelTable {
     void (*pack_bf16)(const PackLanes& lanes);
     void (*pack_f32)(const PackLanes& lanes);
     void (*combine)(const CombineArgs& args, int64_t begin, int64_t end);
+    void (*rms_norm)(const RmsNormArgs& args, int64_t begin, int64_t end);  ///< of T * n rows
+    void (*rotary_embedding)(const RotaryEmbeddingArgs& args, int64_t begin, int64_t end);
 };
 
 const KernelTable& scalar_kernels();

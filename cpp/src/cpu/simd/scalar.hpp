@@ -94,6 +94,22 @@ inline F32x16 sqrt(F32x16 a) {
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
     return map_lanes<F32x16>([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
 }
+/// a where a > b, else b: b where either is NaN.
+inline F32x16 max(F32x16 a, F32x16 b) {
+    return map_lanes<F32x16>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+/// The lanes' sum in one tree: each lane with that of 8, then 4, 2, 1 further on.
+inline float reduce_add(F32x16 a) {
+    for (int step = kLanes / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) a.lane[i] += a.lane[i + step];
+    return a.lane[0];
+}
+/// REQUIRES: no lane is NaN. Which zero comes out of zeros of both signs is not specified.
+inline float reduce_max(F32x16 a) {
+    float best = a.lane[0];
+    for (int i = 1; i < kLanes; ++i) best = a.lane[i] > best ? a.lane[i] : best;
+    return best;
+}
 inline Mask less(F32x16 a, F32x16 b) {
     return mask_lanes([&](int i) { return a.lane[i] < b.lane[i]; });
 }

@@ -8,6 +8,8 @@
 #include "cpu/kernels/gemm_avx512.hpp"
 #include "cpu/kernels/math.hpp"
 #include "cpu/kernels/pack.hpp"
+#include "cpu/kernels/rms_norm.hpp"
+#include "cpu/kernels/rotary.hpp"
 #include "cpu/kernels/route.hpp"
 
 namespace moecore::cpu {
@@ -58,6 +60,8 @@ const KernelTable& avx512_kernels() {
         pack_lanes<uint16_t>,
         pack_lanes<float>,
         combine_tokens,
+        rms_norm_rows,
+        rotate_tokens,
     };
     return table;
 }

@@ -6,6 +6,8 @@
 #include "cpu/kernels/epilogue.hpp"
 #include "cpu/kernels/math.hpp"
 #include "cpu/kernels/pack.hpp"
+#include "cpu/kernels/rms_norm.hpp"
+#include "cpu/kernels/rotary.hpp"
 #include "cpu/kernels/route.hpp"
 
 namespace moecore::cpu {
@@ -56,6 +58,8 @@ const KernelTable& scalar_kernels() {
         pack_lanes_bf16,
         pack_lanes_f32,
         combine_tokens,
+        rms_norm_rows,
+        rotate_tokens,
     };
     return table;
 }
