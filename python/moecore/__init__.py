@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Any:
     elif name == "ops":
         value = importlib.import_module("moecore.ops")
     elif name in _MODULE_OF:
-        # torch comes first: the core then shares its OpenMP library, and so one pool of threads.
+        # torch comes first: the core then shares its OpenMP library, and with it its threads.
         if _MODULE_OF[name] == "_core":
             importlib.import_module("torch")
         value = getattr(importlib.import_module(f"moecore.{_MODULE_OF[name]}"), name)

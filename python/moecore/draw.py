@@ -16,8 +16,9 @@ from moecore.sampling_params import SamplingParams
 # The likeliest token weighs 2**40: 2**22 tokens then sum to at most 2**62, and what is less likely
 # than the likeliest by more than 2**-40 is never drawn.
 _WEIGHT_OF_LIKELIEST = 2.0**40
-# top_p ranks this many of the likeliest tokens before it ranks all.
+# top_p ranks this many of the likeliest tokens, and so many times more while they do not reach it.
 _FIRST_CANDIDATES = 256
+_MORE_CANDIDATES = 16
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], noise: Sequence[float]) -> list[int]:
@@ -95,7 +96,7 @@ def _draw_ranked(
         needed = (total * top_p).ceil().long().clamp(min=1).minimum(total)
         if width == vocab_size or bool((sums[:, -1:] >= needed).all()):
             break
-        width = vocab_size
+        width = min(width * _MORE_CANDIDATES, vocab_size)
     reaches_top_p = torch.searchsorted(sums, needed)
     kept = sums.minimum(sums.gather(1, reaches_top_p))
     return ids.gather(1, _hit(kept, point)[:, None])[:, 0]

@@ -33,8 +33,7 @@ class RequestSampler:
         params: SamplingParams of the request.
         prompt_token_ids: of the prompt; `repetition_penalty` counts them as seen.
         seed: integer in [0, 2**64); one a sequence, also where a request has several.
-        eos_token_ids: the model's; `min_tokens` bars them. Those outside the vocabulary are
-            dropped.
+        eos_token_ids: the model's; `min_tokens` bars them. Ids beyond the vocabulary are dropped.
         vocab_size: V.
         request_id: named in errors.
 
