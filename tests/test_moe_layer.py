@@ -267,6 +267,43 @@ def test_a_weight_of_the_wrong_dtype_is_named(device, name):
         make_layer(weights, device=device)
 
 
+@pytest.mark.parametrize("name", ["gate_up_bias", "down_bias", "selection_bias"])
+def test_a_bias_of_the_wrong_dtype_is_named(device, name):
+    weights = make_weights(torch.float32, OPTIONAL)
+    weights[name] = weights[name].bfloat16()
+    with pytest.raises(ValueError, match=f"MoELayer: {name} must be float32, got bfloat16"):
+        make_layer(weights, device=device)
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down", *OPTIONAL[:-1]])
+def test_a_weight_whose_elements_are_not_contiguous_is_named(device, name):
+    weights = make_weights(torch.float32, OPTIONAL)
+    weights = {other: weight.to(device) for other, weight in weights.items()}
+    weights[name] = weights[name].repeat_interleave(2, dim=-1)[..., ::2]
+    with pytest.raises(ValueError, match=f"MoELayer: {name} must .*contiguous.*, got strides"):
+        make_layer(weights, device=device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.parametrize("name", ["down", *OPTIONAL])
+def test_a_weight_on_another_device_is_named(name):
+    weights = make_weights(torch.float32, OPTIONAL)
+    weights[name] = weights[name].cuda()
+    with pytest.raises(ValueError, match=f"MoELayer: {name} must be on cpu, got cuda:0"):
+        make_layer(weights)
+
+
+def test_prepared_weights_must_be_gated_where_the_layer_is():
+    weights = make_weights(torch.float32)
+    gate_up, down = ops.prepare_weights(weights["gate_up"]), ops.prepare_weights(weights["down"])
+    with pytest.raises(ValueError, match="gate_up must be packed with gated = true, got .* false"):
+        make_layer({**weights, "gate_up": gate_up})
+    make_layer({**weights, "down": down})
+    down = ops.prepare_weights(weights["down"], gated=True)
+    with pytest.raises(ValueError, match="down must be packed with gated = false, got .* true"):
+        make_layer({**weights, "down": down})
+
+
 def test_a_bad_configuration_is_named():
     weights = make_weights(torch.float32)
     with pytest.raises(ValueError, match="down must have 3 dimensions, got shape"):

@@ -38,7 +38,7 @@ class MoELayer:
         shared_gate: [1, H]: scales the shared output by sigmoid(x @ shared_gate.T) (Qwen2-MoE).
 
     Raises:
-        ValueError: a shape or dtype does not fit; the message names the weight.
+        ValueError: a shape, dtype, stride or device does not fit; the message names the weight.
 
     Example:
         >>> layer = moecore.MoELayer(gate_up, down, moecore.ops.RoutingConfig(top_k=2))

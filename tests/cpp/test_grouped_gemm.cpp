@@ -384,11 +384,11 @@ void test_linear_names_the_bad_argument() {
     reversed.strides[0] = -4;
     short_rows.strides[0] = -1;
     bad(input.view({12}), w, b, y, "input must");
-    bad(on_other_device(x), w, b, y, "weight");
+    bad(on_other_device(x), w, b, y, "weight must be on cuda:0, got cpu");
     bad(x, weight.view({1, 5, 4}), b, y, "weight must");
-    bad(x, {}, b, y, "weight");
-    bad(x, reversed, b, y, "weight");
-    bad(x, on_other_device(w), b, y, "weight");
+    bad(x, {}, b, y, "weight must have shape [any, any, any], got");
+    bad(x, reversed, b, y, "weight must have one of their last two dimensions contiguous");
+    bad(x, on_other_device(w), b, y, "weight must be on cpu, got cuda:0");
     bad(x, w, bias.view({1, 5}), y, "bias must");
     bad(x, w, bias.view({4}), y, "bias must");
     bad(x, w, short_rows, y, "bias must");
@@ -402,8 +402,8 @@ void test_linear_names_the_bad_argument() {
     const PackedWeights two(kF32, 2, 5, 4, false);
     bad(x, two, b, y, "weight must hold one group");
     const PackedWeights other_dtype(kBf16, 1, 5, 4, false), gated(kF32, 1, 6, 4, true);
-    bad(x, other_dtype, b, y, "weight");
-    bad(x, gated, {}, y, "weight");
+    bad(x, other_dtype, b, y, "weight must be float32 as the input is, got bfloat16");
+    bad(x, gated, {}, y, "weight must be packed with gated = false");
 }
 
 }  // namespace

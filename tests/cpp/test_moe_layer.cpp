@@ -255,6 +255,38 @@ void test_layer_names_the_bad_argument() {
     bad([](auto&, auto& w) { w.shared_gate.dtype = DType::kBFloat16; }, "shared_gate must");
     const PackedWeights packed(DType::kFloat32, 4, 2 * Layer::kInner, Layer::kHidden, true);
     bad([&](auto&, auto& w) { w.gate_up = packed; }, "gate_up must");
+    const PackedWeights not_gated(DType::kFloat32, 5, 2 * Layer::kInner, Layer::kHidden, false);
+    bad([&](auto&, auto& w) { w.gate_up = not_gated; }, "gate_up must be packed with gated = true");
+
+    bad([](auto&, auto& w) { w.gate_up.plain.device = kOtherDevice; }, "down must be on cuda:0");
+    bad([](auto&, auto& w) { w.down.plain.device = kOtherDevice; }, "down must be on cpu");
+    bad([](auto&, auto& w) { w.down.plain.strides[1] = -1; },
+        "down must have one of their last two");
+    bad([](auto&, auto& w) { w.down.plain.dtype = kBf16; }, "down must be float32");
+    const std::pair<const char*, TensorView MoEWeights::*> tensors[] = {
+        {"gate_up_bias", &MoEWeights::gate_up_bias},
+        {"down_bias", &MoEWeights::down_bias},
+        {"selection_bias", &MoEWeights::selection_bias},
+        {"shared_gate", &MoEWeights::shared_gate}};
+    for (const auto& [name, member] : tensors) {
+        bad([&](auto&, auto& w) { (w.*member).device = kOtherDevice; },
+            concat(name, " must be on cpu, got cuda:0").c_str());
+        bad([&](auto&, auto& w) { (w.*member).dtype = kBf16; },
+            concat(name, " must be float32, got bfloat16").c_str());
+        if (member != &MoEWeights::shared_gate)  // one row may have any stride
+            bad([&](auto&, auto& w) { (w.*member).strides.fill(2); },
+                concat(name, member == &MoEWeights::selection_bias ? " must be" : " must have",
+                       " contiguous")
+                    .c_str());
+    }
+    const std::pair<const char*, GroupedGemmWeights MoEWeights::*> shared[] = {
+        {"shared_gate_up", &MoEWeights::shared_gate_up}, {"shared_down", &MoEWeights::shared_down}};
+    for (const auto& [name, member] : shared) {
+        bad([&](auto&, auto& w) { (w.*member).plain.device = kOtherDevice; },
+            concat(name, " must be on cpu, got cuda:0").c_str());
+        bad([&](auto&, auto& w) { (w.*member).plain.dtype = kBf16; },
+            concat(name, " must be float32, got bfloat16").c_str());
+    }
 
     const MoELayer layer(sample.config, sample.weights);
     constexpr int64_t kHidden = Layer::kHidden;

@@ -45,6 +45,8 @@ void test_packed_weights_name_the_bad_argument() {
         {[&] { plain.pack_gated(0, half, half); }, "pack_gated needs"},
         {[&] { gated.pack(0, data.view({6, 4})); }, "pack needs"},
         {[&] { gated.pack_gated(0, data.view({6, 4}), half); }, "gate must"},
+        {[&] { gated.pack_gated(0, other.view({3, 4}), half); }, "gate must be float32"},
+        {[&] { gated.pack_gated(0, on_other_device(half), half); }, "gate must be on cpu"},
         {[&] { gated.pack_gated(0, half, data.view({6, 4})); }, "up must"},
         {[&] { gated.pack_gated(0, half, other.view({3, 4})); }, "up must"},
         {[&] { gated.pack_gated(0, half, on_other_device(half)); }, "up must"},

@@ -28,8 +28,8 @@ struct MoEConfig {
 struct MoEWeights {
     GroupedGemmWeights gate_up;         ///< [E_local, 2 I, H]
     GroupedGemmWeights down;            ///< [E_local, H, I]
-    TensorView gate_up_bias;            ///< [E_local, 2 I], or absent
-    TensorView down_bias;               ///< [E_local, H], or absent
+    TensorView gate_up_bias;            ///< [E_local, 2 I] float32 or config.dtype, or absent
+    TensorView down_bias;               ///< [E_local, H], likewise
     TensorView selection_bias;          ///< [E] float32, or absent
     GroupedGemmWeights shared_gate_up;  ///< [2 S, H]; with S > 0
     GroupedGemmWeights shared_down;     ///< [H, S]; with S > 0
@@ -41,7 +41,8 @@ struct MoEWeights {
 /// and thread-safe: all scratch memory is the caller's Workspace.
 class MoELayer {
 public:
-    /// Throws InvalidArgument if a weight does not fit `config`; the message names it.
+    /// Throws InvalidArgument if the shape, dtype or strides of a weight do not fit `config`, or it
+    /// is on another device than gate_up; the message names it.
     MoELayer(const MoEConfig& config, const MoEWeights& weights);
 
     /// Workspace bytes for any routing of up to `max_tokens` tokens.

@@ -82,6 +82,18 @@ void Check::rows_contiguous(const char* name, const TensorView& view) const {
              strides_to_string(view), " for shape ", to_string(view));
 }
 
+void Check::matrix_strides(const char* name, const TensorView& view) const {
+    const int k = view.rank - 1, n = view.rank - 2;
+    bool holds =
+        view.strides[k] == 1 || view.strides[n] == 1 || view.shape[n] == 1 || view.shape[k] == 1;
+    for (int i = 0; i < view.rank; ++i) holds = holds && view.strides[i] >= 0;
+    if (!holds && view.num_elements() > 0)
+        that(false, name,
+             " must have one of their last two dimensions contiguous and no negative stride, got "
+             "strides ",
+             strides_to_string(view));
+}
+
 void Check::device(const char* name, const TensorView& view, Device expected) const {
     if (!(view.device == expected))
         that(false, name, " must be on ", to_string(expected), ", got ", to_string(view.device));

@@ -33,6 +33,9 @@ public:
     /// elements share memory.
     void rows_contiguous(const char* name, const TensorView& view) const;
 
+    /// For weights [..., N, K]: N or K contiguous (or of size 1), no negative stride.
+    void matrix_strides(const char* name, const TensorView& view) const;
+
     void device(const char* name, const TensorView& view, Device expected) const;
 
     /// `output` and `input` share no byte.

@@ -14,18 +14,18 @@ struct WeightSizes {
     int64_t num_groups, n, k_dim;
 };
 
-/// Checks `weights` and fills the weight fields of `args`.
-WeightSizes describe_weights(const Check& check, const GroupedGemmWeights& weights,
-                             const GroupedGemmConfig& config, DType dtype, Device device,
-                             GroupedGemmArgs& args) {
+/// Checks `weights`, which the caller knows as `name`, and fills the weight fields of `args`.
+WeightSizes describe_weights(const Check& check, const char* name,
+                             const GroupedGemmWeights& weights, const GroupedGemmConfig& config,
+                             DType dtype, Device device, GroupedGemmArgs& args) {
     if (weights.packed != nullptr) {
         const PackedWeights& packed = *weights.packed;
-        check.that(packed.dtype() == dtype, "weights must be ", name_of(dtype),
+        check.that(packed.dtype() == dtype, name, " must be ", name_of(dtype),
                    " as the input is, got ", name_of(packed.dtype()));
-        check.that(packed.device() == device, "weights must be on ", to_string(device), ", got ",
+        check.that(packed.device() == device, name, " must be on ", to_string(device), ", got ",
                    to_string(packed.device()));
-        check.that(packed.gated() == is_gated(config.activation),
-                   "weights must be packed with gated = ", is_gated(config.activation),
+        check.that(packed.gated() == is_gated(config.activation), name,
+                   " must be packed with gated = ", is_gated(config.activation),
                    " for this activation, got gated = ", packed.gated());
         args.weights = packed.data();
         args.is_packed = true;
@@ -33,17 +33,10 @@ WeightSizes describe_weights(const Check& check, const GroupedGemmWeights& weigh
         return {packed.num_groups(), packed.n(), packed.k_dim()};
     }
     const TensorView& plain = weights.plain;
-    check.dtype("weights", plain, {dtype});
-    check.shape("weights", plain, {Check::kAny, Check::kAny, Check::kAny});
-    check.device("weights", plain, device);
-    const bool has_unit_stride = plain.strides[2] == 1 || plain.strides[1] == 1 ||
-                                 plain.shape[1] == 1 || plain.shape[2] == 1;
-    const bool has_positive_strides =
-        plain.strides[0] >= 0 && plain.strides[1] >= 0 && plain.strides[2] >= 0;
-    check.that(plain.num_elements() == 0 || (has_unit_stride && has_positive_strides),
-               "weights must have one of their last two dimensions contiguous and no negative "
-               "stride, got strides [",
-               plain.strides[0], ", ", plain.strides[1], ", ", plain.strides[2], "]");
+    check.dtype(name, plain, {dtype});
+    check.shape(name, plain, {Check::kAny, Check::kAny, Check::kAny});
+    check.device(name, plain, device);
+    check.matrix_strides(name, plain);
     args.weights = plain.data;
     args.is_packed = false;
     args.group_stride = plain.strides[0];
@@ -115,7 +108,7 @@ void run(const GroupedGemmArgs& args, Device device, Stream stream) {
 }
 
 /// What grouped_gemm and linear share: everything but the rows.
-GroupedGemmArgs build_args(const Check& check, const TensorView& input,
+GroupedGemmArgs build_args(const Check& check, const TensorView& input, const char* weights_name,
                            const GroupedGemmWeights& weights, const GroupedGemmConfig& config,
                            const TensorView& output, WeightSizes& sizes) {
     check.dtype("input", input, {DType::kFloat32, DType::kBFloat16});
@@ -124,23 +117,21 @@ GroupedGemmArgs build_args(const Check& check, const TensorView& input,
     check_config(check, config);
 
     GroupedGemmArgs args{};
-    sizes = describe_weights(check, weights, config, input.dtype, input.device, args);
-    check.that(sizes.num_groups >= 1 && sizes.n >= 1 && sizes.k_dim >= 1,
-               "weights must have no empty dimension, got [", sizes.num_groups, ", ", sizes.n, ", ",
+    sizes = describe_weights(check, weights_name, weights, config, input.dtype, input.device, args);
+    check.that(sizes.num_groups >= 1 && sizes.n >= 1 && sizes.k_dim >= 1, weights_name,
+               " must have no empty dimension, got [", sizes.num_groups, ", ", sizes.n, ", ",
                sizes.k_dim, "]");
     check.shape("input", input, {Check::kAny, sizes.k_dim});
     const bool gated = is_gated(config.activation);
-    check.that(!gated || sizes.n % 2 == 0,
-               "weights must have an even number of rows for a gated "
-               "activation, got ",
-               sizes.n);
+    check.that(!gated || sizes.n % 2 == 0, weights_name,
+               " must have an even number of rows for a gated activation, got ", sizes.n);
 
     check.dtype("output", output, {DType::kFloat32, DType::kBFloat16});
     check.shape("output", output, {Check::kAny, gated ? sizes.n / 2 : sizes.n});
     check.rows_contiguous("output", output);
     check.device("output", output, input.device);
     check.no_overlap("output", output, "input", input);
-    if (weights.packed == nullptr) check.no_overlap("output", output, "weights", weights.plain);
+    if (weights.packed == nullptr) check.no_overlap("output", output, weights_name, weights.plain);
 
     args.input = input.data;
     args.input_stride = input.strides[0];
@@ -165,7 +156,7 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const GroupedGemmConfig& config, const TensorView& output, Stream stream) {
     const Check check("grouped_gemm");
     WeightSizes sizes{};
-    GroupedGemmArgs args = build_args(check, input, weights, config, output, sizes);
+    GroupedGemmArgs args = build_args(check, input, "weights", weights, config, output, sizes);
     check_bias(check, bias, sizes, input, output, args);
 
     check.dtype("expert_offsets", expert_offsets, {DType::kInt64});
@@ -212,7 +203,7 @@ void linear(const TensorView& input, const GroupedGemmWeights& weight, const Ten
     if (weight.packed == nullptr) weights.plain = with_group("weight", weight.plain, 2);
 
     WeightSizes sizes{};
-    GroupedGemmArgs args = build_args(check, input, weights, config, output, sizes);
+    GroupedGemmArgs args = build_args(check, input, "weight", weights, config, output, sizes);
     check.that(sizes.num_groups == 1, "weight must hold one group, got ", sizes.num_groups);
     check_bias(check, with_group("bias", bias, 1), sizes, input, output, args);
     check.shape("output", output, {input.shape[0], output.shape[1]});

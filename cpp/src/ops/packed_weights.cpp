@@ -1,5 +1,7 @@
 #include "moecore/packed_weights.hpp"
 
+#include <utility>
+
 #include "cpu/panels.hpp"
 #include "cpu/parallel.hpp"
 #include "ops/check.hpp"
@@ -37,6 +39,8 @@ PackedWeights::PackedWeights(DType dtype, int64_t num_groups, int64_t n, int64_t
 void PackedWeights::pack(int64_t group, const TensorView& weights) {
     kCheck.that(!gated_, "pack needs weights made with gated = false; use pack_gated");
     kCheck.shape("weights", weights, {n_, k_dim_});
+    kCheck.dtype("weights", weights, {dtype_});
+    kCheck.device("weights", weights, device());
     pack_group(group, weights, {});
 }
 
@@ -44,8 +48,10 @@ void PackedWeights::pack_gated(int64_t group, const TensorView& gate, const Tens
     kCheck.that(gated_, "pack_gated needs weights made with gated = true; use pack");
     kCheck.shape("gate", gate, {n_ / 2, k_dim_});
     kCheck.shape("up", up, {n_ / 2, k_dim_});
-    kCheck.dtype("up", up, {dtype_});
-    kCheck.device("up", up, device());
+    for (const auto& [name, view] : {std::pair{"gate", &gate}, std::pair{"up", &up}}) {
+        kCheck.dtype(name, *view, {dtype_});
+        kCheck.device(name, *view, device());
+    }
     kCheck.that(gate.strides == up.strides, "gate and up must have the same strides, got [",
                 gate.strides[0], ", ", gate.strides[1], "] and [", up.strides[0], ", ",
                 up.strides[1], "]");
@@ -55,8 +61,6 @@ void PackedWeights::pack_gated(int64_t group, const TensorView& gate, const Tens
 void PackedWeights::pack_group(int64_t group, const TensorView& first, const TensorView& second) {
     kCheck.that(group >= 0 && group < num_groups_, "group must be in [0, ", num_groups_, "), got ",
                 group);
-    kCheck.dtype("weights", first, {dtype_});
-    kCheck.device("weights", first, device());
     const cpu::PanelLayout layout{n_, k_dim_, gated_, dtype_};
     const cpu::PanelSource source{first.data, second.defined() ? second.data : nullptr,
                                   first.strides[0], first.strides[1]};
