@@ -13,6 +13,7 @@ from moecore.models import family_of
 from moecore.models.decoder import CausalLM
 
 
+@torch.inference_mode(False)  # weights are plain tensors, whatever the caller's mode is
 def load_model(
     folder: Path,
     config: ModelConfig,
