@@ -85,8 +85,12 @@ def test_greedy_tokens_of_ragged_prompts_equal_those_of_transformers(checkpoint,
     with moecore.LLM(folder, device=device, use_tqdm=False, skip_tokenizer_init=True) as llm:
         got = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     for prompt, output in zip(prompts, got, strict=True):
+        ids = torch.tensor([prompt])
         want = model.generate(
-            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),  # transformers would mask out tokens of pad's id
+            max_new_tokens=64,
+            do_sample=False,
         )
         assert output.outputs[0].token_ids == want[0, len(prompt) :].tolist()
 
