@@ -100,7 +100,7 @@ def workloads(draw):
     return engine, sorted(requests, key=lambda request: request[0])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(workloads())
 def test_any_mix_gives_the_tokens_of_running_alone(workload):
     engine, requests = workload
