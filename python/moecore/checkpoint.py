@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 from moecore.errors import FormatError
 from moecore.safetensors_header import TensorInfo, format_error, read_header, unique_keys
 
-__all__ = ["Checkpoint", "FormatError", "Reader", "TensorInfo"]
+__all__ = ["Checkpoint", "FormatError", "TensorInfo"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -76,56 +78,29 @@ class Checkpoint:
         except KeyError:
             raise KeyError(f"Checkpoint: no tensor {name} in {self.folder}") from None
 
-    def reader(self) -> Reader:
-        """A new Reader of this checkpoint."""
-        return Reader(self)
-
     def tensor(self, name: str) -> Tensor:
-        """A view of the whole tensor; see Reader."""
-        return self.reader().tensor(name)
-
-    def expert(self, name: str, index: int) -> Tensor:
-        """A view of one index of the tensor's first dimension; see Reader."""
-        return self.reader().expert(name, index)
-
-
-class Reader:
-    """Views of a checkpoint's tensors on the CPU, over files that it keeps mapped.
-
-    A page is read when it is touched, and counts as memory of the process until the reader and all
-    of its views are gone. For one thread.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._files: dict[str, Any] = {}
-
-    def tensor(self, name: str) -> Tensor:
-        """A view of the whole tensor."""
-        info = self._checkpoint.info(name)
-        tensor: Tensor = self._file(info.file).get_tensor(name)
+        """A view of the whole tensor, over a mapped file; a page is read when it is touched."""
+        tensor: Tensor = self._file_of(name).get_tensor(name)
         return tensor
 
     def expert(self, name: str, index: int) -> Tensor:
         """A view of one index of the tensor's first dimension; no other byte is read."""
-        info = self._checkpoint.info(name)
-        count = info.shape[0] if info.shape else 0
+        shape = self.info(name).shape
+        count = shape[0] if shape else 0
         if not 0 <= index < count:
             raise ValueError(
-                f"Checkpoint: index must be in [0, {count}) for {name} of shape "
-                f"{list(info.shape)}, got {index}"
+                f"Checkpoint: index must be in [0, {count}) for {name} of shape {list(shape)}, "
+                f"got {index}"
             )
-        tensor: Tensor = self._file(info.file).get_slice(name)[index]
+        tensor: Tensor = self._file_of(name).get_slice(name)[index]
         return tensor
 
-    def _file(self, file: str) -> Any:
-        if file not in self._files:
-            path = self._checkpoint.folder / file
-            try:
-                self._files[file] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise format_error("header", path, "a safetensors header", str(error)) from error
-        return self._files[file]
+    def _file_of(self, name: str) -> Any:
+        path = self.folder / self.info(name).file
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise format_error("header", path, "a safetensors header", str(error)) from error
 
 
 def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -158,6 +133,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise format_error("index", path, "JSON with an object weight_map", repr(error)) from None
     for name, file in items.items():
         # A file outside the folder would let a checkpoint read what its user did not name.
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-            raise format_error(name, path, "the name of a file in the same folder", repr(file))
+        if not isinstance(file, str) or not _SHARD.fullmatch(file):
+            expected = "the name of a *.safetensors file in the same folder"
+            raise format_error(name, path, expected, repr(file))
     return items

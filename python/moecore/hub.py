@@ -34,9 +34,9 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
     if model is None:
         return _bundled_model()
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model != "" and folder.is_dir():  # Path("") is the current folder
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise NotADirectoryError(f"resolve_model: model must be a folder, got the file {folder}")
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise FileNotFoundError(

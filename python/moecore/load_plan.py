@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from moecore.errors import FormatError
 from moecore.safetensors_header import TensorInfo, format_error
 
 _SHOWN_PROBLEMS = 8
+_ALIGNMENT = 64  # bytes
 
 _FLOATS = {
     "F64": torch.float64,
@@ -50,7 +51,7 @@ class WeightSlot:
     """A place in the model, and where its weights are found.
 
     `load` is called once, with one tensor for each source of the first alternative whose names are
-    all in the checkpoint. The tensors are views of mapped files: load copies, and keeps none of
+    all in the checkpoint. Their memory is used again afterwards: load copies, and keeps none of
     them. Different slots may load at once, on different threads.
     """
 
@@ -59,13 +60,28 @@ class WeightSlot:
     dtype: torch.dtype | None = None  # of the tensors that load gets (default: load_weights' dtype)
 
 
+class Piece(NamedTuple):
+    """Where one source lies in its file, and where among its job's tensors in memory."""
+
+    file: str
+    offset: int
+    nbytes: int
+    dtype: torch.dtype  # in the file
+    shape: tuple[int, ...]
+    place: int  # aligned for every dtype
+
+
 class Job(NamedTuple):
-    """One slot with the sources that were chosen for it."""
+    """One slot, and all that it reads."""
 
     slot: WeightSlot
-    sources: tuple[Source, ...]
-    dtype: torch.dtype
-    nbytes: int  # read from the files
+    pieces: tuple[Piece, ...]
+    dtype: torch.dtype  # of the tensors that load gets
+    staged_bytes: int  # room for all pieces
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
 
 
 def plan_load(
@@ -77,30 +93,49 @@ def plan_load(
     """Jobs in the order of the files; FormatError if anything does not fit. See load_weights."""
     ignored = _compile(ignore)
     tensors = checkpoint.tensors
-    jobs: list[Job] = []
+    chosen: list[tuple[WeightSlot, tuple[Source, ...]]] = []
     known: set[str] = set()
     problems: list[FormatError] = []
     for slot in slots:
         known.update(source.name for sources in slot.alternatives for source in sources)
-        chosen = next((a for a in slot.alternatives if all(s.name in tensors for s in a)), None)
-        if chosen is None:
+        found = next((a for a in slot.alternatives if all(s.name in tensors for s in a)), None)
+        if found is None:
             problems.extend(_missing(checkpoint, slot))
-            continue
-        slot_dtype = slot.dtype or dtype
-        for source in chosen:
-            problems.extend(_misfits(tensors[source.name], source, slot_dtype))
-        nbytes = sum(_bytes_of(tensors[source.name], source) for source in chosen)
-        jobs.append(Job(slot, chosen, slot_dtype, nbytes))
+        else:
+            chosen.append((slot, found))
+            for source in found:
+                problems.extend(_misfits(tensors[source.name], source, slot.dtype or dtype))
     for info in tensors.values():
         if info.name not in known and not any(pattern.search(info.name) for pattern in ignored):
-            found = f"{info.dtype} of shape {list(info.shape)}"
+            what = f"{info.dtype} of shape {list(info.shape)}"
             problems.append(
-                format_error(info.name, info.file, "no tensor that the model does not use", found)
+                format_error(info.name, info.file, "no tensor that the model does not use", what)
             )
     if problems:
         raise _summary(checkpoint, problems)
     order = {name: position for position, name in enumerate(tensors)}
-    return sorted(jobs, key=lambda job: (order[job.sources[0].name], job.sources[0].expert or 0))
+    chosen.sort(key=lambda choice: (order[choice[1][0].name], choice[1][0].expert or 0))
+    return [_job(tensors, slot, sources, slot.dtype or dtype) for slot, sources in chosen]
+
+
+def _job(
+    tensors: Mapping[str, TensorInfo],
+    slot: WeightSlot,
+    sources: tuple[Source, ...],
+    dtype: torch.dtype,
+) -> Job:
+    pieces: list[Piece] = []
+    end = 0
+    for source in sources:
+        info = tensors[source.name]
+        offset, nbytes, shape = info.offset, info.nbytes, info.shape
+        if source.expert is not None:
+            nbytes, shape = nbytes // shape[0], shape[1:]
+            offset += source.expert * nbytes
+        file_dtype = _FLOATS.get(info.dtype) or _OTHERS[info.dtype]
+        pieces.append(Piece(info.file, offset, nbytes, file_dtype, shape, end))
+        end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return Job(slot, tuple(pieces), dtype, end)
 
 
 def _missing(checkpoint: Checkpoint, slot: WeightSlot) -> Iterator[FormatError]:
@@ -140,10 +175,6 @@ def _summary(checkpoint: Checkpoint, problems: list[FormatError]) -> FormatError
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     header = f"load_weights: checkpoint must fit the model, got {count}"
     return FormatError("\n".join([f"{header} in {checkpoint.folder}:", *lines]))
-
-
-def _bytes_of(info: TensorInfo, source: Source) -> int:
-    return info.nbytes if source.expert is None else info.nbytes // max((*info.shape, 1)[0], 1)
 
 
 def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -15,14 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moecore import _core
-from moecore.checkpoint import Checkpoint, Reader
-from moecore.load_plan import Job, Source, WeightSlot, plan_load
+from moecore.checkpoint import Checkpoint
+from moecore.load_plan import Source, WeightSlot, plan_load
+from moecore.weight_stream import WeightStream
 
 __all__ = ["LoadReport", "Source", "WeightSlot", "dummy_weights", "load_weights"]
 
-# Mapped pages count as memory of the process. Opening a file costs 0.3 ms, the time of 3 MB.
-_MAPPED_BYTES = 128 << 20
-_MIN_WINDOW_BYTES = 8 << 20
 _DUMMY_STD = 0.02
 _DUMMY_VALUES = 4_194_301  # a prime: rows of no width repeat within it
 
@@ -48,8 +44,8 @@ def load_weights(
     Nothing is loaded unless everything fits: no slot without its tensors, no tensor without a slot,
     every shape as the source says, every dtype one that can become the slot's (float64, float32,
     float16 and bfloat16 become one another; any other must be the same). The process then holds, on
-    top of the final weights, at most about 128 MB of mapped file or one slot's tensors, and for
-    each thread one slot's tensors in their new dtype, if that differs.
+    top of the final weights, about 96 MB of buffers or one slot's tensors, whichever is more, and
+    for each thread one slot's tensors in their new dtype, if that differs.
 
     Args:
         checkpoint: as `Checkpoint.open` gives it.
@@ -57,8 +53,7 @@ def load_weights(
         dtype: of the tensors handed to the slots that name none.
         ignore: regular expressions; tensors in which one is found need no slot.
         progress: show a bar with the rate, if stderr is a terminal.
-        num_threads: slots that load at once (default: the threads of the core, at most 16). With
-            more than one, torch and the core work on one thread each meanwhile.
+        num_threads: threads that read and load (default: those of the core, at most 16).
 
     Returns:
         LoadReport(bytes, seconds).
@@ -81,11 +76,7 @@ def load_weights(
         unit_scale=True,
         disable=None if progress else True,
     ) as bar:
-        if num_threads == 1:
-            for window in _windows(jobs, _MAPPED_BYTES):
-                bar.update(_load_window(checkpoint, window))
-        else:
-            _load_parallel(checkpoint, jobs, num_threads, bar.update)
+        WeightStream(checkpoint.folder, num_threads, bar.update).run(jobs)
     return LoadReport(total, time.perf_counter() - begin)
 
 
@@ -110,79 +101,6 @@ def dummy_weights(slots: Iterable[WeightSlot], dtype: torch.dtype, seed: int = 0
             values = table if slot_dtype.is_floating_point else torch.zeros_like(table)
             tables[slot_dtype] = values.to(slot_dtype).repeat(2)
         slot.load(*(_dummy(s, tables[slot_dtype], seed) for s in slot.alternatives[0]))
-
-
-def _windows(jobs: list[Job], window_bytes: int) -> Iterator[list[Job]]:
-    """Consecutive jobs of at most window_bytes together, or one job."""
-    window: list[Job] = []
-    size = 0
-    for job in jobs:
-        if window and size + job.nbytes > window_bytes:
-            yield window
-            window, size = [], 0
-        window.append(job)
-        size += job.nbytes
-    if window:
-        yield window
-
-
-def _load_window(checkpoint: Checkpoint, window: list[Job]) -> int:
-    """Load these jobs through mappings that end with them; returns the bytes read."""
-    reader = checkpoint.reader()
-    for job in window:
-        job.slot.load(*(_read(reader, source, job.dtype) for source in job.sources))
-    return sum(job.nbytes for job in window)
-
-
-def _read(reader: Reader, source: Source, dtype: torch.dtype) -> Tensor:
-    if source.expert is None:
-        tensor = reader.tensor(source.name)
-    else:
-        tensor = reader.expert(source.name, source.expert)
-    if tensor.data_ptr() % tensor.element_size():  # files of early writers are not aligned
-        tensor = tensor.clone()
-    return tensor.to(dtype)
-
-
-def _load_parallel(
-    checkpoint: Checkpoint, jobs: list[Job], num_threads: int, done: Callable[[int], object]
-) -> None:
-    """Load windows on threads, together never more than the budget or one job."""
-    window_bytes = max(_MAPPED_BYTES // num_threads, _MIN_WINDOW_BYTES)
-    running: dict[Future[int], int] = {}
-
-    def finish_one() -> None:
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            del running[future]
-            done(future.result())
-
-    with (
-        _one_thread_each_op(),
-        ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        for window in _windows(jobs, window_bytes):
-            size = sum(job.nbytes for job in window)
-            while running and sum(running.values()) + size > _MAPPED_BYTES:
-                finish_one()
-            running[pool.submit(_load_window, checkpoint, window)] = size
-        while running:
-            finish_one()
-
-
-@contextmanager
-def _one_thread_each_op() -> Iterator[None]:
-    """Loading threads share the cores; teams of threads under each of them would only wait."""
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    core_threads = _core.num_threads()  # > 1 here only if set_num_threads chose it
-    if core_threads > 1:
-        _core.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(torch_threads)
-        if core_threads > 1:
-            _core.set_num_threads(core_threads)
 
 
 def _dummy(source: Source, table: Tensor, seed: int) -> Tensor:

@@ -72,7 +72,8 @@ def _tensor_info(name: str, entry: Any, path: Path, data_begin: int) -> TensorIn
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         begin, end = offsets
-        fits = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        fits = isinstance(dtype, str) and isinstance(shape, list)
+        fits = fits and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         fits = False
     if not fits:

@@ -1,0 +1,423 @@
+"""load_weights and dummy_weights: what arrives, in which order, and what is refused first."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import moecore
+from moecore import loading, weight_stream
+from moecore.checkpoint import Checkpoint
+from moecore.loading import Source, WeightSlot, dummy_weights, load_weights
+
+E, N, K = 6, 8, 16
+
+
+def make_tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"layers.0.experts.{expert}.{part}.weight": torch.randn(N, K, generator=generator)
+        for expert in range(E)
+        for part in ("gate", "up")
+    }
+    tensors["layers.0.experts.fused"] = torch.randn(E, N, K, generator=generator)
+    tensors["embed.weight"] = torch.randn(50, K, generator=generator)
+    tensors["norm.weight"] = torch.randn(K, generator=generator)
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def tensors():
+    return make_tensors()
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tensors):
+    """Two shards: gate and up of expert 3 are on different sides of the cut."""
+    return save(tmp_path, tensors)
+
+
+def save(folder, tensors):
+    names = sorted(tensors)
+    cut = next((i for i, name in enumerate(names) if "3.up" in name), len(names) // 2)
+    folder.mkdir(exist_ok=True)
+    weight_map = {}
+    for file, part in (("a.safetensors", names[:cut]), ("b.safetensors", names[cut:])):
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(str({"weight_map": weight_map}).replace("'", '"'))
+    return Checkpoint.open(folder)
+
+
+class Model:
+    """Slots that copy what they get into `got`."""
+
+    def __init__(self, tensors):
+        self.got = {}
+        self.order = []
+        self.threads = set()
+        self._lock = threading.Lock()
+        self.slots = [
+            self.slot(
+                *(
+                    Source(f"layers.0.experts.{expert}.{part}.weight", (N, K))
+                    for part in ("gate", "up")
+                ),
+                key=f"gate_up.{expert}",
+            )
+            for expert in range(E)
+        ]
+        self.slots += [
+            self.slot(Source("layers.0.experts.fused", (E, N, K), expert=expert))
+            for expert in reversed(range(E))
+        ]
+        self.slots += [
+            self.slot(Source(name, tuple(tensors[name].shape)))
+            for name in ("norm.weight", "embed.weight")
+        ]
+
+    def slot(self, *sources, key=None, **options):
+        key = str(sources[0]) if key is None else key
+
+        def load(*parts):
+            with self._lock:
+                assert key not in self.got
+                self.got[key] = [part.clone() for part in parts]
+                self.order.append(key)
+                self.threads.add(threading.get_ident())
+
+        return WeightSlot((sources,), load, **options)
+
+
+def check_values(model, tensors, dtype=torch.bfloat16):
+    want = {
+        f"gate_up.{expert}": [
+            tensors[f"layers.0.experts.{expert}.{part}.weight"] for part in ("gate", "up")
+        ]
+        for expert in range(E)
+    }
+    fused = tensors["layers.0.experts.fused"]
+    want |= {f"layers.0.experts.fused[{expert}]": [fused[expert]] for expert in range(E)}
+    want |= {name: [tensors[name]] for name in ("norm.weight", "embed.weight")}
+    assert model.got.keys() == want.keys()
+    for key, parts in want.items():
+        for got, part in zip(model.got[key], parts, strict=True):
+            assert got.dtype == dtype, key
+            assert torch.equal(got, part.to(dtype)), key
+
+
+@pytest.mark.parametrize("buffer_bytes", [None, 3 * 1024, 512, 1], ids=lambda n: f"buffer-{n}")
+@pytest.mark.parametrize("num_threads", [None, 1, 2, 5])
+def test_every_slot_gets_its_tensors(checkpoint, tensors, monkeypatch, num_threads, buffer_bytes):
+    if buffer_bytes is not None:  # so small that some slots, or all, are read in several parts
+        monkeypatch.setattr(weight_stream, "_BUFFER_BYTES", buffer_bytes)
+        monkeypatch.setattr(weight_stream, "_CHUNK_BYTES", 100)
+    model = Model(tensors)
+    report = load_weights(
+        checkpoint, model.slots, dtype=torch.bfloat16, num_threads=num_threads, progress=False
+    )
+    check_values(model, tensors)
+    assert report.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert report.seconds > 0
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_floats_become_the_dtype_asked_for(tmp_path, tensors, stored, dtype):
+    tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
+    model = Model(tensors)
+    load_weights(save(tmp_path, tensors), model.slots, dtype=dtype, progress=False)
+    check_values(model, tensors, dtype)
+
+
+def test_a_slot_may_have_a_dtype_of_its_own(tmp_path):
+    tensors = {"bias": torch.tensor([1.0 + 2**-20]), "table": torch.arange(5)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = Model(make_tensors())
+    slots = [
+        model.slot(Source("bias", (1,)), dtype=torch.float32),
+        model.slot(Source("table", (5,)), dtype=torch.int64),
+    ]
+    load_weights(Checkpoint.open(tmp_path), slots, dtype=torch.bfloat16, progress=False)
+    assert torch.equal(model.got["bias"][0], tensors["bias"])
+    assert torch.equal(model.got["table"][0], tensors["table"])
+
+
+def test_slots_load_in_the_order_of_the_files(checkpoint, tensors):
+    model = Model(tensors)
+    load_weights(checkpoint, model.slots, dtype=torch.bfloat16, num_threads=1, progress=False)
+    places = [
+        (checkpoint.names.index(slot.alternatives[0][0].name), slot.alternatives[0][0].expert or 0)
+        for slot in model.slots
+    ]
+    keys = [f"gate_up.{expert}" for expert in range(E)]
+    keys += [f"layers.0.experts.fused[{expert}]" for expert in reversed(range(E))]
+    keys += ["norm.weight", "embed.weight"]
+    assert model.order == [key for _, key in sorted(zip(places, keys, strict=True))]
+
+
+def test_the_first_alternative_that_is_there_is_used(checkpoint):
+    got = []
+    alternatives = (
+        (Source("no.gate", (N, K)), Source("no.up", (N, K))),
+        (Source("norm.weight", (K,)), Source("no.bias", (K,))),  # half of it is no alternative
+        (Source("embed.weight", (50, K)),),
+        (Source("norm.weight", (K,)),),
+    )
+    slots = [WeightSlot(alternatives, lambda *parts: got.extend(p.shape for p in parts))]
+    load_weights(checkpoint, slots, dtype=torch.bfloat16, ignore=["layers"], progress=False)
+    assert got == [(50, K)]
+
+
+def test_several_slots_may_read_one_tensor(checkpoint, tensors):
+    model = Model(tensors)
+    slots = [*model.slots, model.slot(Source("embed.weight", (50, K)), key="lm_head")]
+    load_weights(checkpoint, slots, dtype=torch.bfloat16, progress=False)
+    assert torch.equal(model.got["lm_head"][0], tensors["embed.weight"])
+
+
+def test_threads_of_torch_and_the_core_are_as_before(checkpoint, tensors):
+    before = torch.get_num_threads(), moecore.num_threads()
+    inside = []
+    slots = Model(tensors).slots
+    slots[-1] = WeightSlot(
+        slots[-1].alternatives,
+        lambda _: inside.append((torch.get_num_threads(), moecore.num_threads())),
+    )
+    for chosen in (1, 3, 0):
+        moecore.set_num_threads(chosen)
+        load_weights(checkpoint, slots[-1:], dtype=torch.bfloat16, ignore=["."], progress=False)
+        assert torch.get_num_threads() == before[0]
+        assert moecore.num_threads() == (chosen or before[1])
+    assert inside == [(1, 1)] * 3
+
+
+def test_an_error_in_a_slot_stops_the_loading_and_is_raised(checkpoint, tensors):
+    def fail(*_):
+        raise RuntimeError("the slot of the embedding")
+
+    slots = Model(tensors).slots
+    slots[-1] = WeightSlot(slots[-1].alternatives, fail)
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="the slot of the embedding"):
+        load_weights(checkpoint, slots, dtype=torch.bfloat16, progress=False)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_file_cut_after_it_was_opened_is_named(checkpoint, tensors):
+    path = checkpoint.folder / "b.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(moecore.FormatError, match=r"data in .*b.safetensors: expected 1 more"):
+        load_weights(checkpoint, Model(tensors).slots, dtype=torch.bfloat16, progress=False)
+
+
+def without(tensors, *names):
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+# What is done to the right tensors, and what the message must say.
+MISFITS = {
+    "missing": (
+        lambda t: without(t, "norm.weight"),
+        r"norm.weight in .*: expected a tensor of shape \[16\], found none",
+    ),
+    "one-of-two-missing": (
+        lambda t: without(t, "layers.0.experts.2.up.weight"),
+        r"experts.2.up.weight in .*: expected a tensor of shape \[8, 16\], found none",
+    ),
+    "extra": (
+        lambda t: {**t, "layers.1.mlp": torch.zeros(3, 2)},
+        r"layers.1.mlp in .*safetensors: expected no tensor .* found F32 of shape \[3, 2\]",
+    ),
+    "misshapen": (
+        lambda t: {**t, "embed.weight": torch.zeros(51, K)},
+        r"embed.weight in .*safetensors: expected shape \[50, 16\], found shape \[51, 16\]",
+    ),
+    "transposed": (
+        lambda t: {**t, "embed.weight": t["embed.weight"].T.contiguous()},
+        r"embed.weight in .*: expected shape \[50, 16\], found shape \[16, 50\]",
+    ),
+    "fewer-experts": (
+        lambda t: {**t, "layers.0.experts.fused": t["layers.0.experts.fused"][:-1].clone()},
+        r"experts.fused in .*: expected shape \[6, 8, 16\], found shape \[5, 8, 16\]",
+    ),
+    "float8": (
+        lambda t: {**t, "embed.weight": t["embed.weight"].to(torch.float8_e4m3fn)},
+        "embed.weight in .*: expected a dtype that can become bfloat16, found F8_E4M3",
+    ),
+    "integers": (
+        lambda t: {**t, "norm.weight": torch.zeros(K, dtype=torch.int64)},
+        "norm.weight in .*: expected a dtype that can become bfloat16, found I64",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(tmp_path, tensors, change, message):
+    model = Model(tensors)
+    with pytest.raises(moecore.FormatError, match=message):
+        load_weights(save(tmp_path, change(tensors)), model.slots, dtype=torch.bfloat16)
+    assert not model.got
+
+
+def test_all_problems_are_counted_and_the_first_are_listed(tmp_path, tensors):
+    tensors = {name: tensor for name, tensor in tensors.items() if "gate" not in name}
+    with pytest.raises(moecore.FormatError, match="got 6 problems") as caught:
+        load_weights(save(tmp_path, tensors), Model(make_tensors()).slots, dtype=torch.bfloat16)
+    assert str(caught.value).count("found none") == E
+    many = {f"extra.{i}": torch.zeros(1) for i in range(20)}
+    with pytest.raises(moecore.FormatError, match="got 26 problems") as caught:
+        load_weights(
+            save(tmp_path, {**tensors, **many}), Model(make_tensors()).slots, dtype=torch.bfloat16
+        )
+    assert str(caught.value).endswith("and 18 more")
+
+
+def test_a_missing_slot_names_the_nearest_alternative_and_the_others(checkpoint):
+    alternatives = (
+        (Source("w1", (N, K)), Source("w3", (N, K))),
+        (Source("norm.weight", (K,)), Source("w2", (N, K))),
+    )
+    slots = [WeightSlot(alternatives, lambda *_: None)]
+    with pytest.raises(moecore.FormatError, match=r"w2 in .*\[8, 16\] \(or instead w1 \+ w3\)"):
+        load_weights(checkpoint, slots, dtype=torch.bfloat16, ignore=["."])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [Source("layers.0.experts.fused", (E, N, K), expert=E), Source("scalar", (), expert=0)],
+    ids=["past-the-last", "of-a-scalar"],
+)
+def test_an_expert_that_is_not_there_is_refused(tmp_path, tensors, source):
+    checkpoint = save(tmp_path, {**tensors, "scalar": torch.tensor(1.0)})
+    slots = [WeightSlot(((source,),), lambda _: None)]
+    with pytest.raises(moecore.FormatError, match=rf"expected an expert {source.expert}, found"):
+        load_weights(checkpoint, slots, dtype=torch.bfloat16, ignore=["."])
+
+
+def test_ignored_tensors_need_no_slot(checkpoint):
+    slots = [WeightSlot(((Source("norm.weight", (K,)),),), lambda _: None)]
+    report = load_weights(
+        checkpoint, slots, dtype=torch.bfloat16, ignore=[r"experts\.", "^embed"], progress=False
+    )
+    assert report.bytes == 2 * K
+
+
+@pytest.mark.parametrize("ignore", ["embed", ["("], [3]])
+def test_ignore_that_is_no_list_of_expressions_is_named(checkpoint, ignore):
+    with pytest.raises(ValueError, match="ignore must be a list of regular expressions, got"):
+        load_weights(checkpoint, [], dtype=torch.bfloat16, ignore=ignore)
+
+
+@pytest.mark.parametrize("num_threads", [0, -1])
+def test_num_threads_out_of_range_is_named(checkpoint, num_threads):
+    with pytest.raises(ValueError, match=rf"num_threads must be >= 1, got {num_threads}"):
+        load_weights(checkpoint, [], dtype=torch.bfloat16, num_threads=num_threads)
+
+
+def test_packed_weights_hold_what_the_file_holds(tmp_path, tensors):
+    """The product of weights packed while loading has the bits of the plain product."""
+    packed = moecore.PackedWeights("bfloat16", E, N, K, False)
+    slots = [
+        WeightSlot(
+            ((Source("layers.0.experts.fused", (E, N, K), expert=expert),),),
+            lambda weight, expert=expert: packed.pack(expert, weight),
+        )
+        for expert in range(E)
+    ]
+    load_weights(save(tmp_path, tensors), slots, dtype=torch.bfloat16, ignore=["."], progress=False)
+    x = torch.randn(E, K).bfloat16()
+    offsets = torch.arange(E + 1)
+    assert torch.equal(
+        moecore.ops.grouped_gemm(x, packed, offsets),
+        moecore.ops.grouped_gemm(x, tensors["layers.0.experts.fused"], offsets),
+    )
+
+
+def test_memory_stays_at_the_weights_plus_a_tensor_and_200_mb(tmp_path):
+    """500 MB of experts and one tensor of 75 MB, in a process of its own: the high-water mark."""
+    script = """
+        import sys, torch
+        from safetensors.torch import save_file
+        from moecore.checkpoint import Checkpoint
+        from moecore.loading import Source, WeightSlot, load_weights
+        folder, write = sys.argv[1], sys.argv[2] == "write"
+        E, N, K, V = 80, 1024, 3072, 12288
+        if write:
+            for part in range(2):
+                save_file(
+                    {f"{part}.experts": torch.ones(E // 2, N, K, dtype=torch.bfloat16),
+                     **({"embed": torch.ones(V, K, dtype=torch.bfloat16)} if part else {})},
+                    f"{folder}/{part}.safetensors")
+            names = {"0.experts": "0.safetensors", "1.experts": "1.safetensors",
+                     "embed": "1.safetensors"}
+            text = str({"weight_map": names}).replace("'", '"')
+            open(f"{folder}/model.safetensors.index.json", "w").write(text)
+            sys.exit()
+        def peak():
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(l.split()[1]) * 1024 for l in lines if l.startswith("VmHWM"))
+        experts = torch.empty(E, N, K, dtype=torch.bfloat16)
+        embed = torch.empty(V, K, dtype=torch.bfloat16)
+        shape = (E // 2, N, K)
+        slots = [WeightSlot(((Source(f"{i // (E // 2)}.experts", shape, i % (E // 2)),),),
+                            experts[i].copy_) for i in range(E)]
+        slots.append(WeightSlot(((Source("embed", (V, K)),),), embed.copy_))
+        before = peak()
+        load_weights(Checkpoint.open(folder), slots, dtype=torch.bfloat16, progress=False)
+        assert experts.sum(dim=(1, 2)).eq(N * K).all() and embed.min() == 1
+        print(peak() - before - experts.nbytes - embed.nbytes, embed.nbytes)
+    """
+    for mode in ("write", "load"):
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), mode],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()  # pytest keeps the folder
+    excess, tensor = map(int, result.stdout.split())
+    assert excess <= tensor + 200e6
+
+
+def dummies(slots_of, dtype=torch.bfloat16, seed=3):
+    model = Model(make_tensors())
+    dummy_weights(slots_of(model), dtype=dtype, seed=seed)
+    return model.got
+
+
+def test_dummy_weights_are_small_and_normal():
+    source = Source("w", (3000, 2000))
+    [[values]] = dummies(lambda model: [model.slot(source)], dtype=torch.float32).values()
+    assert values.shape == (3000, 2000)
+    assert values.mean().abs() < 1e-4
+    assert values.std().sub(0.02).abs() < 1e-4
+    # The table of values is shorter than the tensor; no row repeats for that.
+    assert values[:, 0].unique().numel() > 2900
+    assert torch.equal(values.flatten()[:1000], values.flatten()[loading._DUMMY_VALUES :][:1000])
+
+
+def test_dummy_weights_depend_on_seed_name_and_expert_only():
+    whole = dummies(lambda model: model.slots)
+    rank = dummies(lambda model: list(reversed(model.slots))[2:5])
+    assert len(rank) == 3
+    for key, parts in rank.items():
+        assert [part.shape for part in parts] == [(N, K)]
+        assert torch.equal(parts[0], whole[key][0]), key
+    other = dummies(lambda model: model.slots, seed=4)
+    flat = [
+        part.flatten()[:8].tolist() for got in (whole, other) for p in got.values() for part in p
+    ]
+    assert len({tuple(values) for values in flat}) == len(flat)
+
+
+def test_dummy_integers_are_zero():
+    [[values]] = dummies(lambda m: [m.slot(Source("t", (9,)), dtype=torch.int64)]).values()
+    assert torch.equal(values, torch.zeros(9, dtype=torch.int64))
