@@ -7,6 +7,8 @@ from torch import Tensor
 class UnsupportedError(NotImplementedError): ...
 class CudaError(RuntimeError): ...
 
+KV_BLOCK_SIZE: int
+
 class PackedWeights:
     def __init__(self, dtype: str, num_groups: int, n: int, k_dim: int, gated: bool) -> None: ...
     def pack(self, group: int, weights: Tensor) -> None: ...
@@ -118,3 +120,22 @@ def rms_norm(
 ) -> None: ...
 def rotary_embedding(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool) -> None: ...
 def embedding(ids: Tensor, weight: Tensor | PackedWeights, output: Tensor) -> None: ...
+def write_kv_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_offsets: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+) -> None: ...
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_offsets: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    output: Tensor,
+) -> None: ...

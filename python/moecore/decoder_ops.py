@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from moecore import _core
-from moecore._core import PackedWeights
+from moecore._core import KV_BLOCK_SIZE, PackedWeights
 
-__all__ = ["embedding", "rms_norm", "rotary_embedding"]
+__all__ = [
+    "KV_BLOCK_SIZE",
+    "embedding",
+    "paged_attention",
+    "rms_norm",
+    "rotary_embedding",
+    "write_kv_cache",
+]
 
 
 def rms_norm(
@@ -121,6 +128,94 @@ def embedding(ids: Tensor, weight: Tensor | PackedWeights, out: Tensor | None = 
                 device=getattr(weight, "device", None),
             )
     _core.embedding(ids, weight, out)
+    return out
+
+
+def write_kv_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_offsets: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+) -> None:
+    """Store keys and values of this call's tokens in a paged cache (CPU only).
+
+    Sequence s owns tokens query_offsets[s] .. query_offsets[s + 1] - 1: the last of its
+    context_lens[s] positions, in order. Position p lies in block block_tables[s, p // 64]. The
+    order within a block is the core's own (moecore/kv_cache.hpp): blocks may be copied and moved as
+    a whole, but only `paged_attention` reads them. The first position of a block clears its rest.
+
+    Args:
+        key: [T, Hk, D] float32 or bfloat16, rows contiguous; D even, at most 256.
+        value: like `key`.
+        key_cache: [num_blocks, Hk, KV_BLOCK_SIZE * D] of key's dtype, contiguous; changed in place.
+        value_cache: like `key_cache`.
+        query_offsets: [S + 1] int32, non-decreasing from 0 to T.
+        context_lens: [S] int32: each sequence's positions, those of this call included.
+        block_tables: [S, B] int32 in [0, num_blocks), where a position needs it. No block may be
+            written for two sequences.
+
+    Raises:
+        ValueError: a shape, dtype, stride, range or device above does not hold; the message names
+            it.
+        TypeError: an argument is no tensor.
+        moecore.UnsupportedError: the cache is on a CUDA device.
+    """
+    _core.write_kv_cache(
+        key, value, key_cache, value_cache, query_offsets, context_lens, block_tables
+    )
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_offsets: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attend causally from this call's tokens to a paged cache (CPU only).
+
+    Computes, for token t at position p and head h, with h // (Hq // Hk) the head of the cache::
+
+        w         = exp(scale * (query[t, h] @ key[:p + 1].T))
+        out[t, h] = w / sum(w) @ value[:p + 1]
+
+    with a running maximum, in float32, over blocks of 64 positions in ascending order; the weights
+    round to the cache's dtype before they meet the values. A row's bits depend on its query and on
+    keys and values up to its position: not on other tokens or sequences, how the prompt was cut
+    into calls, or which blocks it lies in. What lies after a position is never seen, not even NaN.
+
+    Args:
+        query: [T, Hq, D] of the cache's dtype, rows contiguous; Hq a multiple of Hk.
+        key_cache: as `write_kv_cache` fills it, with the keys of this call.
+        value_cache: likewise.
+        query_offsets: as in `write_kv_cache`.
+        context_lens: as in `write_kv_cache`.
+        block_tables: as in `write_kv_cache`; sequences may share blocks.
+        scale: finite, > 0; 1 / sqrt(D) in most models.
+        out: like `query` (default: new); overlaps no input.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: a shape, dtype, stride, range or device above does not hold; the message names
+            it.
+        TypeError: an argument is no tensor.
+        moecore.UnsupportedError: the cache is on a CUDA device: use torch's
+            scaled_dot_product_attention there.
+    """
+    if out is None:
+        out = _new_like(query)
+    _core.paged_attention(
+        query, key_cache, value_cache, query_offsets, context_lens, block_tables, scale, out
+    )
     return out
 
 

@@ -14,9 +14,17 @@ from torch import Tensor
 
 from moecore import _core
 from moecore._core import GroupedGemmConfig, PackedWeights, RoutingConfig
-from moecore.decoder_ops import embedding, rms_norm, rotary_embedding
+from moecore.decoder_ops import (
+    KV_BLOCK_SIZE,
+    embedding,
+    paged_attention,
+    rms_norm,
+    rotary_embedding,
+    write_kv_cache,
+)
 
 __all__ = [
+    "KV_BLOCK_SIZE",
     "GroupedGemmConfig",
     "PackedWeights",
     "Routing",
@@ -26,11 +34,13 @@ __all__ = [
     "embedding",
     "grouped_gemm",
     "linear",
+    "paged_attention",
     "prepare_weights",
     "rms_norm",
     "rotary_embedding",
     "sort_by_expert",
     "topk_routing",
+    "write_kv_cache",
 ]
 
 _NO_ACTIVATION = GroupedGemmConfig()

@@ -1,11 +1,34 @@
 #include "bindings/ops.hpp"
 #include "moecore/embedding.hpp"
+#include "moecore/paged_attention.hpp"
 #include "moecore/rms_norm.hpp"
 #include "moecore/rotary_embedding.hpp"
+#include "moecore/write_kv_cache.hpp"
 
 namespace py = pybind11;
 
 namespace moecore::bindings {
+namespace {
+
+/// The arguments that write_kv_cache and paged_attention share.
+class CacheArgs {
+public:
+    CacheArgs(const char* op, py::handle key_cache, py::handle value_cache,
+              py::handle query_offsets, py::handle context_lens, py::handle block_tables)
+        : key_(key_cache, op, "key_cache"),
+          value_(value_cache, op, "value_cache"),
+          offsets_(query_offsets, op, "query_offsets"),
+          lens_(context_lens, op, "context_lens"),
+          tables_(block_tables, op, "block_tables") {}
+
+    KvCache cache() const { return {key_, value_}; }
+    SequenceBatch batch() const { return {offsets_, lens_, tables_}; }
+
+private:
+    TensorArg key_, value_, offsets_, lens_, tables_;
+};
+
+}  // namespace
 
 void bind_decoder_ops(py::module_& module) {
     module.def("rms_norm", [](py::handle input, py::handle weight, float eps, py::handle residual,
@@ -30,6 +53,31 @@ void bind_decoder_ops(py::module_& module) {
                                     interleaved ? RotaryPairs::kInterleaved : RotaryPairs::kHalves,
                                     rows.current_stream());
                });
+
+    module.attr("KV_BLOCK_SIZE") = kKvBlockSize;
+    module.def("write_kv_cache",
+               [](py::handle key, py::handle value, py::handle key_cache, py::handle value_cache,
+                  py::handle query_offsets, py::handle context_lens, py::handle block_tables) {
+                   constexpr const char* kOp = "write_kv_cache";
+                   const TensorArg k(key, kOp, "key");
+                   const TensorArg v(value, kOp, "value");
+                   const CacheArgs cache(kOp, key_cache, value_cache, query_offsets, context_lens,
+                                         block_tables);
+                   py::gil_scoped_release release;
+                   write_kv_cache(k, v, cache.cache(), cache.batch(), k.current_stream());
+               });
+
+    module.def("paged_attention", [](py::handle query, py::handle key_cache, py::handle value_cache,
+                                     py::handle query_offsets, py::handle context_lens,
+                                     py::handle block_tables, float scale, py::handle output) {
+        constexpr const char* kOp = "paged_attention";
+        const TensorArg q(query, kOp, "query");
+        const CacheArgs cache(kOp, key_cache, value_cache, query_offsets, context_lens,
+                              block_tables);
+        const TensorArg out(output, kOp, "output");
+        py::gil_scoped_release release;
+        paged_attention(q, cache.cache(), cache.batch(), scale, out, q.current_stream());
+    });
 
     module.def("embedding", [](py::handle ids, py::handle weight, py::handle output) {
         constexpr const char* kOp = "embedding";

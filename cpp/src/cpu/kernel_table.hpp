@@ -48,6 +48,33 @@ struct PackLanes {
     void* panel;  ///< the panel's first k, at these columns
 };
 
+/// Scores of up to kMaxTileRows rows with one block of 64 keys, on their way to weights
+/// exp(scale * (score - maximum)). What the row has added up before is scaled to its new maximum.
+struct SoftmaxTile {
+    const float* scores;   ///< [num_rows][64]
+    void* weights;         ///< [num_rows][64] of `dtype`, out
+    float* maxima;         ///< [num_rows] largest score so far, in and out
+    float* sums;           ///< [num_rows][16] of weights so far, in and out
+    float* output;         ///< [num_panels][num_rows][64] of weighted values, in and out
+    int64_t panel_stride;  ///< elements between the panels of `output`
+    int num_panels;
+    int num_rows;
+    int num_keys[kMaxTileRows];  ///< of the 64 that the row sees: the others weigh 0
+    bool is_first;               ///< nothing has been added up yet
+    float scale;
+    DType dtype;
+};
+
+/// A finished row: its weighted values over the sum of its weights.
+struct AttentionRow {
+    const float* output;   ///< [panels][64]
+    int64_t panel_stride;  ///< elements between the panels
+    const float* sums;     ///< [16]
+    int64_t head_dim;
+    void* target;  ///< [head_dim] of `dtype`, out
+    DType dtype;
+};
+
 struct KernelTable {
     const char* name;
     void (*route)(const TopkRoutingArgs& args, int64_t begin, int64_t end);
@@ -59,6 +86,8 @@ struct KernelTable {
     void (*combine)(const CombineArgs& args, int64_t begin, int64_t end);
     void (*rms_norm)(const RmsNormArgs& args, int64_t begin, int64_t end);  ///< of T * n rows
     void (*rotary_embedding)(const RotaryEmbeddingArgs& args, int64_t begin, int64_t end);
+    void (*softmax)(const SoftmaxTile& tile);
+    bool (*attention_row)(const AttentionRow& row);  ///< false if an element is not finite
 };
 
 const KernelTable& scalar_kernels();

@@ -3,15 +3,10 @@
 #include <cstdint>
 
 #include "moecore/dtype.hpp"
+#include "moecore/kernels/head_strides.hpp"
 #include "moecore/stream.hpp"
 
 namespace moecore {
-
-/// Elements between the rows of neighbouring tokens, and of neighbouring heads of one token.
-struct HeadStrides {
-    int64_t token;
-    int64_t head;
-};
 
 /// What every rms_norm kernel takes. Built and checked by ops/rms_norm.cpp. T tokens, n heads.
 struct RmsNormArgs {

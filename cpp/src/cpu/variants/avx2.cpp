@@ -2,6 +2,7 @@
 
 #include "cpu/simd/avx2.hpp"
 
+#include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/combine.hpp"
 #include "cpu/kernels/epilogue.hpp"
 #include "cpu/kernels/math.hpp"
@@ -103,6 +104,8 @@ const KernelTable& avx2_kernels() {
         combine_tokens,
         rms_norm_rows,
         rotate_tokens,
+        softmax_rows,
+        store_attention_row,
     };
     return table;
 }

@@ -3,6 +3,7 @@
 
 #include "cpu/simd/avx512.hpp"
 
+#include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/combine.hpp"
 #include "cpu/kernels/epilogue.hpp"
 #include "cpu/kernels/gemm_avx512.hpp"
@@ -62,6 +63,8 @@ const KernelTable& avx512_kernels() {
         combine_tokens,
         rms_norm_rows,
         rotate_tokens,
+        softmax_rows,
+        store_attention_row,
     };
     return table;
 }

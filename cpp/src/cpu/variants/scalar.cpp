@@ -2,6 +2,7 @@
 
 #include "cpu/simd/scalar.hpp"
 
+#include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/combine.hpp"
 #include "cpu/kernels/epilogue.hpp"
 #include "cpu/kernels/math.hpp"
@@ -60,6 +61,8 @@ const KernelTable& scalar_kernels() {
         combine_tokens,
         rms_norm_rows,
         rotate_tokens,
+        softmax_rows,
+        store_attention_row,
     };
     return table;
 }
