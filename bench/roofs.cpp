@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "harness.hpp"
 #include "moecore/threads.hpp"
@@ -132,6 +133,21 @@ double BandwidthProbe::read_gbps() {
     const double us = now_us() - begin;
     keep(result);
     return static_cast<double>(total) / us / 1e3;
+}
+
+double empty_region_us() {
+    constexpr int kRegions = 200;
+    const int threads = num_threads();
+    std::vector<double> samples;
+    for (int repeat = 0; repeat < 25; ++repeat) {
+        const double begin = now_us();
+        for (int i = 0; i < kRegions; ++i) {
+#pragma omp parallel num_threads(threads)
+            asm volatile("" : : : "memory");
+        }
+        samples.push_back((now_us() - begin) / kRegions);
+    }
+    return median(samples);
 }
 
 double matmul_gflops(bool bf16) {

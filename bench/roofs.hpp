@@ -25,4 +25,7 @@ private:
 /// it and `bf16` is set, else float32 FMA. 0 where neither AVX-512 nor AVX2 is there.
 double matmul_gflops(bool bf16);
 
+/// Microseconds of an empty OpenMP region on every thread: what a parallel op costs at least.
+double empty_region_us();
+
 }  // namespace moecore::bench

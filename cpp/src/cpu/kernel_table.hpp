@@ -15,6 +15,7 @@ namespace moecore::cpu {
 
 inline constexpr int kPanelColumns = 64;  ///< output features of a packed panel
 inline constexpr int kMaxTileRows = 6;    ///< rows one tile call handles
+inline constexpr int kPackBlockK = 32;    ///< of K, packed at a time where N is contiguous; even
 
 /// A product of up to kMaxTileRows rows with one panel.
 /// bfloat16 panel: [ceil(K / 2)][64][2], the last half pair zero for an odd K. float32: [K][64].
@@ -42,8 +43,10 @@ struct EpilogueTile {
 struct PackLanes {
     const void* source;  ///< first row, first k
     int64_t row_stride;  ///< elements between rows
-    int64_t k_stride;    ///< elements between k; this or row_stride is 1
+    int64_t k_stride;    ///< elements between k
     int num_rows;        ///< <= 16; the other columns become 0
+    int place_in_pair;   ///< 0 or 1: row_stride is 2, and the element after (before) each row's
+                         ///< may be read too; else -1
     int64_t k_dim;
     void* panel;  ///< the panel's first k, at these columns
 };

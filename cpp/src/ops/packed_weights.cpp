@@ -1,5 +1,6 @@
 #include "moecore/packed_weights.hpp"
 
+#include <algorithm>
 #include <utility>
 
 #include "cpu/panels.hpp"
@@ -10,6 +11,11 @@ namespace moecore {
 namespace {
 
 const Check kCheck("PackedWeights");
+
+/// Where N is contiguous, the columns of this many panels are read one after the other, a few K at
+/// a time, so that memory sees runs of 1 KB and more.
+constexpr int64_t kBundledPanels = 8;
+constexpr int64_t kRangeK = 128;  ///< of K, a thread's piece of work; a multiple of kPackBlockK
 
 cpu::PanelLayout checked_layout(DType dtype, int64_t num_groups, int64_t n, int64_t k_dim,
                                 bool gated, Device device) {
@@ -69,8 +75,25 @@ void PackedWeights::pack_group(int64_t group, const TensorView& first, const Ten
                    static_cast<size_t>(group * group_stride_) * size_of(dtype_);
     const auto panel_bytes =
         static_cast<int64_t>(static_cast<size_t>(layout.panel_elements()) * size_of(dtype_));
-    cpu::parallel_ranges(layout.num_panels(), 1, [&](int64_t panel, int64_t) {
-        cpu::pack_panel(table, layout, source, panel, 0, k_dim_, target + panel * panel_bytes);
+    if (source.k_stride == 1) {
+        cpu::parallel_ranges(layout.num_panels(), 1, [&](int64_t panel, int64_t) {
+            cpu::pack_panel(table, layout, source, panel, 0, k_dim_, target + panel * panel_bytes);
+        });
+        return;
+    }
+    const int64_t k_ranges = cpu::ceil_div(k_dim_, kRangeK);
+    const int64_t bundles = cpu::ceil_div(layout.num_panels(), kBundledPanels);
+    cpu::parallel_ranges(bundles * k_ranges, 1, [&](int64_t range, int64_t) {
+        const int64_t first = range / k_ranges * kBundledPanels;
+        const int64_t last = std::min(first + kBundledPanels, layout.num_panels());
+        const int64_t k_begin = range % k_ranges * kRangeK;
+        const int64_t k_end = std::min(k_begin + kRangeK, k_dim_);
+        for (int64_t k = k_begin; k < k_end; k += cpu::kPackBlockK)
+            for (int64_t panel = first; panel < last; ++panel)
+                cpu::pack_panel(table, layout, source, panel, k,
+                                std::min<int64_t>(cpu::kPackBlockK, k_end - k),
+                                target + panel * panel_bytes +
+                                    k * cpu::kPanelColumns * static_cast<int64_t>(size_of(dtype_)));
     });
 }
 

@@ -21,6 +21,12 @@ struct I32x16 {
         return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
     }
+    static I32x16 load_u16(const uint16_t* p) {
+        const auto widen = [](const uint16_t* q) {
+            return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+        };
+        return {widen(p), widen(p + 8)};
+    }
     static I32x16 broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
     void store(int32_t* p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), lo);
@@ -124,11 +130,24 @@ I32x16 shift_right_arithmetic(I32x16 a) {
 inline I32x16 bit_and(I32x16 a, I32x16 b) {
     return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
 }
+inline I32x16 bit_or(I32x16 a, I32x16 b) {
+    return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
+}
 inline I32x16 bit_xor(I32x16 a, I32x16 b) {
     return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
 }
 inline I32x16 max(I32x16 a, I32x16 b) {
     return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+template <bool kSecond>
+I32x16 every_other(I32x16 a, I32x16 b) {
+    const auto pick = [](I32x16 x) {
+        // Takes from both 128-bit halves of its operands; the permute puts them in order.
+        const __m256 picked = _mm256_shuffle_ps(_mm256_castsi256_ps(x.lo),
+                                                _mm256_castsi256_ps(x.hi), kSecond ? 0xdd : 0x88);
+        return _mm256_permute4x64_epi64(_mm256_castps_si256(picked), 0b11011000);
+    };
+    return {pick(a), pick(b)};
 }
 inline uint32_t equal_bits(I32x16 a, I32x16 b) {
     const auto bits = [](__m256i x, __m256i y) {

@@ -18,6 +18,9 @@ struct Mask {
 struct I32x16 {
     __m512i v;
     static I32x16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+    static I32x16 load_u16(const uint16_t* p) {
+        return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
     static I32x16 broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
     void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
 };
@@ -80,8 +83,16 @@ I32x16 shift_right_arithmetic(I32x16 a) {
     return {_mm512_srai_epi32(a.v, kBits)};
 }
 inline I32x16 bit_and(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I32x16 bit_or(I32x16 a, I32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline I32x16 bit_xor(I32x16 a, I32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+template <bool kSecond>
+I32x16 every_other(I32x16 a, I32x16 b) {
+    const __m512i even =
+        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    return {_mm512_permutex2var_epi32(a.v, kSecond ? odd : even, b.v)};
+}
 inline uint32_t equal_bits(I32x16 a, I32x16 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
 
 }  // namespace

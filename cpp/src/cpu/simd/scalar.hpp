@@ -25,6 +25,11 @@ struct I32x16 {
         std::memcpy(r.lane, p, sizeof r.lane);
         return r;
     }
+    static I32x16 load_u16(const uint16_t* p) {
+        I32x16 r;
+        for (int i = 0; i < kLanes; ++i) r.lane[i] = p[i];
+        return r;
+    }
     static I32x16 broadcast(int32_t x) {
         I32x16 r;
         for (int i = 0; i < kLanes; ++i) r.lane[i] = x;
@@ -153,11 +158,20 @@ I32x16 shift_right_arithmetic(I32x16 a) {
 inline I32x16 bit_and(I32x16 a, I32x16 b) {
     return map_lanes<I32x16>([&](int i) { return a.lane[i] & b.lane[i]; });
 }
+inline I32x16 bit_or(I32x16 a, I32x16 b) {
+    return map_lanes<I32x16>([&](int i) { return a.lane[i] | b.lane[i]; });
+}
 inline I32x16 bit_xor(I32x16 a, I32x16 b) {
     return map_lanes<I32x16>([&](int i) { return a.lane[i] ^ b.lane[i]; });
 }
 inline I32x16 max(I32x16 a, I32x16 b) {
     return map_lanes<I32x16>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+/// Lanes 0, 2, 4, ... of a and then of b, or lanes 1, 3, 5, ...
+template <bool kSecond>
+I32x16 every_other(I32x16 a, I32x16 b) {
+    return map_lanes<I32x16>(
+        [&](int i) { return (i < kLanes / 2 ? a : b).lane[2 * i % kLanes + kSecond]; });
 }
 inline uint32_t equal_bits(I32x16 a, I32x16 b) {
     return mask_lanes([&](int i) { return a.lane[i] == b.lane[i]; }).bits;

@@ -1,6 +1,7 @@
 // AVX2 + FMA: sixteen columns of a panel at a time, two ymm accumulators a row.
 
 #include "cpu/simd/avx2.hpp"
+#include "cpu/simd/transpose_avx2.hpp"
 
 #include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/combine.hpp"

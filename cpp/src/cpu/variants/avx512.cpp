@@ -2,6 +2,7 @@
 // element first. Thirty-two columns at a time.
 
 #include "cpu/simd/avx512.hpp"
+#include "cpu/simd/transpose_avx512.hpp"
 
 #include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/combine.hpp"
@@ -58,8 +59,8 @@ const KernelTable& avx512_kernels() {
          tile_bf16<6>},
         {nullptr, tile_f32<1>, tile_f32<2>, tile_f32<3>, tile_f32<4>, tile_f32<5>, tile_f32<6>},
         store_tile,
-        pack_lanes<uint16_t>,
-        pack_lanes<float>,
+        pack_lanes_bf16,
+        pack_lanes_f32,
         combine_tokens,
         rms_norm_rows,
         rotate_tokens,

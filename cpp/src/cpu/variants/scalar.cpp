@@ -1,6 +1,7 @@
 // Plain C++: any processor. Column after column of each panel, K in order.
 
 #include "cpu/simd/scalar.hpp"
+#include "cpu/simd/transpose_scalar.hpp"
 
 #include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/combine.hpp"
