@@ -154,19 +154,34 @@ def test_steps_lower_the_loss():
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_tokenizer_and_validation_count_bytes(tmp_path):
-    from evaluate import sample, validate
-    from prepare import END_OF_DOCUMENT, train_tokenizer
+def test_validation_predicts_every_token_but_the_first_and_counts_bytes():
+    from evaluate import validate
+
+    model = make_model()
+    tokens = torch.randint(
+        0, CONFIG["vocab_size"], (4 * 40 + 3,)
+    )  # more windows than a batch holds
+    result = validate(model, tokens, num_bytes=500, context=4)
+
+    nats = 0.0
+    for begin in range(0, len(tokens) - 1, 4):
+        window = tokens[begin : begin + 5]
+        logits = model(window[None, :-1]).logits[0]
+        nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    assert result["loss_per_token"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
+    assert result["nats_per_byte"] == pytest.approx(nats / 500, rel=1e-5)
+    assert result["perplexity_per_byte"] == pytest.approx(2 ** result["bits_per_byte"])
+    torch.testing.assert_close(torch.tensor(result["expert_load"]).sum(-1), torch.ones(3))
+
+
+def test_samples_of_almost_no_probability_mass_are_greedy():
+    from evaluate import sample
+    from prepare import train_tokenizer
 
     tokenizer = train_tokenizer(["Once upon a time there was a king.\n\nHe had a daughter."] * 3)
     model = make_model(vocab_size=tokenizer.get_vocab_size())
-    text = "Once upon a time"
-    ids = torch.tensor([*tokenizer.encode(text).ids, tokenizer.token_to_id(END_OF_DOCUMENT)] * 9)
-    result = validate(model, ids, num_bytes=9 * len(text), context=4)
-    whole = validate(model, ids[:5], num_bytes=16, context=4)
-    logits = model(ids[None, :4]).logits[0]
-    want = torch.nn.functional.cross_entropy(logits, ids[1:5]).item()
-    assert whole["loss_per_token"] == pytest.approx(want, rel=1e-5)
-    nats = result["loss_per_token"] * (len(ids) - 1)
-    assert result["nats_per_byte"] == pytest.approx(nats / (9 * len(text)))
-    assert sample(model, tokenizer, text, 5).startswith(text)
+    ids = tokenizer.encode("Once upon a time").ids
+    with torch.inference_mode():
+        for _ in range(5):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert sample(model, tokenizer, "Once upon a time", 5, top_p=1e-6) == tokenizer.decode(ids)
