@@ -41,12 +41,12 @@ struct EpilogueTile {
 
 /// Up to 16 rows of weights on their way into 16 neighbouring columns of a panel.
 struct PackLanes {
-    const void* source;  ///< first row, first k
-    int64_t row_stride;  ///< elements between rows
-    int64_t k_stride;    ///< elements between k
-    int num_rows;        ///< <= 16; the other columns become 0
-    int place_in_pair;   ///< 0 or 1: row_stride is 2, and the element after (before) each row's
-                         ///< may be read too; else -1
+    const void* source;      ///< first row, first k
+    int64_t row_stride;      ///< elements between rows
+    int64_t k_stride;        ///< elements between k
+    int num_rows;            ///< <= 16; the other columns become 0
+    int place_in_pair = -1;  ///< 0 or 1: row_stride is 2, and the element after (before) each
+                             ///< row's may be read too; else -1
     int64_t k_dim;
     void* panel;  ///< the panel's first k, at these columns
 };
