@@ -75,6 +75,10 @@ class Engine:
         """Whether a request waits or runs."""
         return bool(self._unfinished)
 
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether this request waits or runs."""
+        return request_id in self._unfinished
+
     def add_request(
         self,
         request_id: str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
 from itertools import count
@@ -158,7 +158,7 @@ class LLM:
                     ids.append(self._add(prompt, wanted, stream=False))
                 pending = set(ids)
                 while pending:
-                    self._step()
+                    self._step(pending)
                     done = {i for i in pending if (r := self._latest.get(i)) and r.finished}
                     pending -= done
                     bar.update(len(done))
@@ -251,16 +251,25 @@ class LLM:
             return text, self.tokenizer.encode(text or "") if ids is None else list(ids)
         return None, list(prompt)
 
-    def _step(self) -> None:
+    def _step(self, waiting: Collection[str]) -> None:
+        """Run a pass, unless another thread's has already finished all that `waiting` names."""
         with self._lock:
-            for output in self.engine.step():
-                self._latest[output.request_id] = output
+            unfinished = [i for i in waiting if self.engine.is_unfinished(i)]
+            if unfinished:
+                self._latest.update((done.request_id, done) for done in self.engine.step())
+            for request in waiting:
+                output = self._latest.get(request)
+                is_done = output is not None and output.finished
+                if not is_done and not self.engine.is_unfinished(request):
+                    raise RuntimeError(
+                        f"LLM: request {request} was aborted: a pass failed in another thread"
+                    )
 
     def _follow(self, request: str) -> Iterator[RequestOutput]:
         seen: RequestOutput | None = None
         try:
             while seen is None or not seen.finished:
-                self._step()
+                self._step([request])
                 output = self._latest.get(request)
                 if output is not None and output is not seen:
                     seen = output
