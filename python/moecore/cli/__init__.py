@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UsageError as error:
-        args.parser.error(str(error))
+        command: argparse.ArgumentParser = args.parser
+        command.error(str(error))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return _INTERRUPTED

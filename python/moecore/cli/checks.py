@@ -105,7 +105,7 @@ def _gpus(name: str) -> Check:
     import torch
 
     kernels = bool(_build_info()["has_cuda"])
-    gpus = []
+    gpus: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         gpus.append(

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moecore.sampling_params import SamplingParams
 
@@ -39,8 +39,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     """The arguments of SamplingParams, by their names; those not given keep their defaults."""
     group = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
-    number = {"type": float, "metavar": "X"}
-    count = {"type": int, "metavar": "N"}
+    number: dict[str, Any] = {"type": float, "metavar": "X"}
+    count: dict[str, Any] = {"type": int, "metavar": "N"}
     group.add_argument("--temperature", **number, help="0 takes the likeliest token (default: 1)")
     group.add_argument("--top-p", **number, help="likeliest tokens that reach this probability")
     group.add_argument("--top-k", **count, help="the N likeliest tokens")
