@@ -36,8 +36,10 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], noise: Sequence[float
     """
     weights = _weights(logits, params)
     point = torch.tensor(noise, dtype=torch.float64).to(logits.device)[:, None]
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     ranked = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
+    if not ranked:
+        return [int(token) for token in _hit(weights.cumsum(dim=-1), point).tolist()]
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     whole = [i for i, p in enumerate(params) if not (p.top_k > 0 or p.top_p < 1.0)]
     if whole:
         tokens[whole] = _hit(take_rows(weights, whole).cumsum(dim=-1), point[whole])
@@ -70,10 +72,11 @@ def take_rows(tensor: Tensor, rows: list[int]) -> Tensor:
 def _weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Likelihoods at the row's temperature, 0 below min_p. Returns [N, V] int64."""
     temperature = torch.tensor([p.temperature for p in params]).to(logits.device)[:, None]
-    min_p = torch.tensor([p.min_p for p in params]).to(logits.device)[:, None]
     # The likeliest token's exponent is 0 at any temperature: the largest logit goes first.
     likelihood = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
-    likelihood.masked_fill_(likelihood < min_p, 0.0)
+    if any(p.min_p > 0 for p in params):
+        min_p = torch.tensor([p.min_p for p in params]).to(logits.device)[:, None]
+        likelihood.masked_fill_(likelihood < min_p, 0.0)
     return likelihood.mul_(_WEIGHT_OF_LIKELIEST).long()
 
 

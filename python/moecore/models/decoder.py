@@ -34,6 +34,8 @@ class Activations:
         self.qkv = place.empty(num_tokens, (heads + 2 * kv_heads) * dim)
         widths = [heads * dim, kv_heads * dim, kv_heads * dim]
         self.q, self.k, self.v = torch.split(self.qkv, widths, dim=1)  # [T, heads * dim]
+        qk = self.qkv[:, : (heads + kv_heads) * dim]
+        self.qk_heads = qk.view(num_tokens, heads + kv_heads, dim)
         self.q_heads = self.q.view(num_tokens, heads, dim)
         self.k_heads = self.k.view(num_tokens, kv_heads, dim)
         self.v_heads = self.v.view(num_tokens, kv_heads, dim)
@@ -87,8 +89,7 @@ class SelfAttention:
             ops.rms_norm(k, k_norm.value, self._eps, out=k)
         if self._clip is not None:
             a.qkv.clamp_(-self._clip, self._clip)
-        ops.rotary_embedding(a.q_heads, batch.positions, cos_sin)
-        ops.rotary_embedding(a.k_heads, batch.positions, cos_sin)
+        ops.rotary_embedding(a.qk_heads, batch.positions, cos_sin)
         attention(self._layer, a.q_heads, a.k_heads, a.v_heads, batch, out=a.attended_heads)
         self._o(a.attended, out=a.delta)
 
