@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -117,12 +119,15 @@ def test_every_slot_gets_its_tensors(checkpoint, tensors, monkeypatch, num_threa
     if buffer_bytes is not None:  # so small that some slots, or all, are read in several parts
         monkeypatch.setattr(weight_stream, "_BUFFER_BYTES", buffer_bytes)
         monkeypatch.setattr(weight_stream, "_CHUNK_BYTES", 100)
-    model = Model(tensors)
+    model, bar = Model(tensors), MagicMock()
+    monkeypatch.setattr(loading, "tqdm", bar)
     report = load_weights(
         checkpoint, model.slots, dtype=torch.bfloat16, num_threads=num_threads, progress=False
     )
     check_values(model, tensors)
     assert report.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    shown = bar.return_value.__enter__.return_value.update.call_args_list
+    assert sum(call.args[0] for call in shown) == report.bytes
     assert report.seconds > 0
 
 
@@ -194,6 +199,8 @@ def test_threads_of_torch_and_the_core_are_as_before(checkpoint, tensors):
         load_weights(checkpoint, slots[-1:], dtype=torch.bfloat16, ignore=["."], progress=False)
         assert torch.get_num_threads() == before[0]
         assert moecore.num_threads() == (chosen or before[1])
+        with ThreadPoolExecutor(1) as pool:  # a new thread asks torch what is set for all
+            assert pool.submit(torch.get_num_threads).result() == before[0]
     assert inside == [(1, 1)] * 3
 
 
