@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from moecore import ops
-from moecore._core import GroupedGemmConfig, PackedWeights, UnsupportedError
+from moecore._core import GroupedGemmConfig, PackedWeights
+from moecore.integrations._gates import activation_of, unsupported
 
 __all__ = ["pack", "register"]
 
@@ -28,8 +29,6 @@ _NAME = "moecore"
 _OLDEST_TRANSFORMERS = (5, 20)
 _DTYPES = frozenset({torch.float32, torch.bfloat16})
 _PLAIN_TYPES = frozenset({Tensor, nn.Parameter})
-_DEFAULT_GATE = ("transformers.integrations.moe", "_default_apply_gate")
-_GPT_OSS_GATE = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts._apply_gate")
 
 
 @dataclass
@@ -109,7 +108,7 @@ def pack(model: Any) -> int:
         for name, packed in (("gate_up_proj", plan.gate_up), ("down_proj", plan.down)):
             if packed is None and _plain_weight(module, name).device.type != "cpu":
                 device = getattr(module, name).device
-                raise _unsupported(module, f"{name} is on {device}, packed weights are for the CPU")
+                raise unsupported(module, f"{name} is on {device}, packed weights are for the CPU")
     model.set_experts_implementation(_NAME)
     for module in modules:
         if module.config._experts_implementation != _NAME:
@@ -130,7 +129,7 @@ def _experts_forward(
     """
     plan = _plan_of(self)
     if hidden_states.dtype not in _DTYPES:
-        raise _unsupported(self, f"hidden_states are {hidden_states.dtype}")
+        raise unsupported(self, f"hidden_states are {hidden_states.dtype}")
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad
         or top_k_weights.requires_grad
@@ -173,47 +172,17 @@ def _experts_forward(
 def _plan_of(module: nn.Module) -> _Plan:
     plan = _plans.get(module)
     if plan is None:
-        plan = _plans[module] = _Plan(_activation_of(module))
+        plan = _plans[module] = _Plan(activation_of(module))
     return plan
-
-
-def _activation_of(module: Any) -> GroupedGemmConfig:
-    from transformers.activations import GELUTanh, SiLUActivation
-
-    if not module.has_gate:
-        raise _unsupported(module, "the experts have no gate")
-    if module.has_post_expert_norm:
-        raise _unsupported(module, "a norm follows each expert (has_post_expert_norm)")
-    gate = getattr(module._apply_gate, "__func__", module._apply_gate)
-    gate_name = (getattr(gate, "__module__", ""), getattr(gate, "__qualname__", repr(gate)))
-    if gate_name in (_DEFAULT_GATE, _GPT_OSS_GATE) and module.is_concatenated != (
-        gate_name == _DEFAULT_GATE
-    ):
-        raise _unsupported(module, f"is_concatenated={module.is_concatenated} belies its gate")
-    if gate_name == _GPT_OSS_GATE:
-        return GroupedGemmConfig(
-            activation="clamped_swiglu", interleaved=True, alpha=module.alpha, limit=module.limit
-        )
-    if gate_name != _DEFAULT_GATE:
-        raise _unsupported(module, f"the gate is {'.'.join(gate_name)}")
-    activation = module.act_fn
-    if isinstance(activation, (nn.SiLU, SiLUActivation)) or activation is nn.functional.silu:
-        return GroupedGemmConfig(activation="swiglu")
-    if isinstance(activation, GELUTanh) or (
-        isinstance(activation, nn.GELU) and activation.approximate == "tanh"
-    ):
-        return GroupedGemmConfig(activation="gelu_tanh")
-    name = getattr(activation, "__name__", type(activation).__name__)
-    raise _unsupported(module, f"the activation is {name}")
 
 
 def _plain_weight(module: Any, name: str) -> Tensor:
     """Return a parameter as [E, N, K], checked at every call: casts and quantisers replace it."""
     weight: Tensor = getattr(module, name)
     if type(weight) not in _PLAIN_TYPES:
-        raise _unsupported(module, f"{name} is a {type(weight).__name__}")
+        raise unsupported(module, f"{name} is a {type(weight).__name__}")
     if weight.dtype not in _DTYPES:
-        raise _unsupported(module, f"{name} is {weight.dtype}")
+        raise unsupported(module, f"{name} is {weight.dtype}")
     if weight.dim() != 3:
         raise ValueError(
             f"{type(module).__name__}: {name} must have 3 dimensions, got shape "
@@ -239,11 +208,3 @@ def _pack_module(module: Any) -> bool:
         plan.down = ops.prepare_weights(weight)
         module.down_proj.data = weight.new_empty(0)
     return True
-
-
-def _unsupported(module: nn.Module, what: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"moecore cannot run {type(module).__name__}: {what}; supported are gated experts (silu, "
-        "gelu_pytorch_tanh, gpt-oss) in float32 or bfloat16. Use "
-        'model.set_experts_implementation("eager")'
-    )
