@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from optimizer import TABLE_DECAY
+
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE.parents[1] / "python" / "moecore" / "bundled"
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
@@ -53,6 +55,9 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], sizes: dict[str,
             },
             dropout=run["dropout"],
             weight_decay=run["weight_decay"],
+            table_decay=min(run["weight_decay"], TABLE_DECAY),
+            wall_seconds=metrics["wall_seconds"],
+            logit_difference=metrics["logit_difference_from_transformers"],
             parameters=total / 1e6,
             active=active / 1e6,
             least=min(loads),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 # (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _PASSES = 5
+TABLE_DECAY = 0.1  # at most this weight decay for embedding and routers
 _UPDATE_RMS = 0.2  # of AdamW's usual updates: one learning rate and weight decay then suit both
 
 
@@ -67,7 +68,7 @@ def make_optimizers(
             matrices.append(parameter)
     adam = torch.optim.AdamW(
         [
-            {"params": tables, "weight_decay": min(weight_decay, 0.1)},
+            {"params": tables, "weight_decay": min(weight_decay, TABLE_DECAY)},
             {"params": norms, "weight_decay": 0.0},
         ],
         lr=lr,
