@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import make_model, save
 
+from checkpoints import make_model, save
 from moecore.attention import NativeAttention, TorchAttention
 from moecore.batch import Batch
 from moecore.config import read_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,7 +66,7 @@ def test_each_prompt_may_have_its_own_parameters(llm):
 
 def test_a_stream_grows_to_what_generate_gives(llm):
     texts = [output.outputs[0].text for output in llm.stream(PROMPTS[0], GREEDY)]
-    assert all(after.startswith(before) for before, after in zip(texts, texts[1:], strict=False))
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
     assert len(texts) > 10
     assert texts[-1] == generate(llm, PROMPTS[0])[0].outputs[0].text
 

@@ -221,6 +221,7 @@ def paged_attention(
 
 def _new_like(tensor: Tensor) -> Tensor:
     """A contiguous output for `tensor`; for no tensor an empty one, and the core names what is."""
-    if not isinstance(tensor, Tensor):
+    like: object = tensor
+    if not isinstance(like, Tensor):
         return torch.empty(0)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)

@@ -88,8 +88,14 @@ class LLM:
             raise UnsupportedError(
                 f"LLM: expert_parallel_size must be 1 in this version, got {expert_parallel_size}"
             )
-        if max_model_len is not None and max_model_len < 1:
-            raise ValueError(f"LLM: max_model_len must be at least 1, got {max_model_len}")
+        counts = {
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"LLM: {name} must be at least 1, got {value}")
         folder = resolve_model(model, revision)
         self.config: ModelConfig = read_config(folder)
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(folder)

@@ -136,10 +136,7 @@ def sample(logits: Tensor, samplers: list[RequestSampler]) -> list[SampledToken]
         return [SampledToken(token_id) for token_id in token_ids]
 
     edited = _edited(logits, samplers, others)
-    if edited is logits:
-        likeliest = token_ids
-    else:
-        likeliest = _argmax(edited, [samplers[i] for i in others])
+    likeliest = token_ids if edited is logits else _argmax(edited, [samplers[i] for i in others])
     random = []
     for row, i in enumerate(others):
         token_ids[i] = likeliest[row]
