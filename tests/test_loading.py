@@ -113,12 +113,11 @@ def check_values(model, tensors, dtype=torch.bfloat16):
             assert torch.equal(got, part.to(dtype)), key
 
 
-@pytest.mark.parametrize("buffer_bytes", [None, 3 * 1024, 512, 1], ids=lambda n: f"buffer-{n}")
+@pytest.mark.parametrize("mapped_bytes", [None, 3 * 1024, 512, 1], ids=lambda n: f"mapped-{n}")
 @pytest.mark.parametrize("num_threads", [None, 1, 2, 5])
-def test_every_slot_gets_its_tensors(checkpoint, tensors, monkeypatch, num_threads, buffer_bytes):
-    if buffer_bytes is not None:  # so small that some slots, or all, are read in several parts
-        monkeypatch.setattr(weight_stream, "_BUFFER_BYTES", buffer_bytes)
-        monkeypatch.setattr(weight_stream, "_CHUNK_BYTES", 100)
+def test_every_slot_gets_its_tensors(checkpoint, tensors, monkeypatch, num_threads, mapped_bytes):
+    if mapped_bytes is not None:  # so small that some slots, or all, are loaded alone
+        monkeypatch.setattr(weight_stream, "_MAPPED_BYTES", mapped_bytes)
     model, bar = Model(tensors), MagicMock()
     monkeypatch.setattr(loading, "tqdm", bar)
     report = load_weights(
@@ -151,6 +150,23 @@ def test_a_slot_may_have_a_dtype_of_its_own(tmp_path):
     load_weights(Checkpoint.open(tmp_path), slots, dtype=torch.bfloat16, progress=False)
     assert torch.equal(model.got["bias"][0], tensors["bias"])
     assert torch.equal(model.got["table"][0], tensors["table"])
+
+
+def test_a_file_whose_data_begins_at_an_odd_byte_is_read(tmp_path):
+    header = b'{"a": {"dtype": "BF16", "shape": [5], "data_offsets": [0, 10]}}'
+    header += b" " * (1 - len(header) % 2)
+    values = torch.arange(5).bfloat16()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(
+        len(header).to_bytes(8, "little") + header + values.view(torch.uint8).numpy().tobytes()
+    )
+    got = []
+    slot = WeightSlot(
+        ((Source("a", (5,)),),), lambda x: got.append((x.clone(), x.data_ptr() % x.element_size()))
+    )
+    load_weights(Checkpoint.open(tmp_path), [slot], dtype=torch.bfloat16, progress=False)
+    assert torch.equal(got[0][0], values)
+    assert got[0][1] == 0
 
 
 def test_slots_load_in_the_order_of_the_files(checkpoint, tensors):
@@ -219,7 +235,9 @@ def test_an_error_in_a_slot_stops_the_loading_and_is_raised(checkpoint, tensors)
 def test_a_file_cut_after_it_was_opened_is_named(checkpoint, tensors):
     path = checkpoint.folder / "b.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(moecore.FormatError, match=r"data in .*b.safetensors: expected 1 more"):
+    with pytest.raises(
+        moecore.FormatError, match=r"header in .*b.safetensors: expected a whole file"
+    ):
         load_weights(checkpoint, Model(tensors).slots, dtype=torch.bfloat16, progress=False)
 
 

@@ -78,29 +78,67 @@ class Checkpoint:
         except KeyError:
             raise KeyError(f"Checkpoint: no tensor {name} in {self.folder}") from None
 
+    def reader(self) -> Reader:
+        """A new Reader of this checkpoint."""
+        return Reader(self)
+
     def tensor(self, name: str) -> Tensor:
-        """A view of the whole tensor, over a mapped file; a page is read when it is touched."""
-        tensor: Tensor = self._file_of(name).get_tensor(name)
+        """A view of the whole tensor; see Reader."""
+        return self.reader().tensor(name)
+
+    def expert(self, name: str, index: int) -> Tensor:
+        """A view of one index of the tensor's first dimension; see Reader."""
+        return self.reader().expert(name, index)
+
+
+class Reader:
+    """Views of a checkpoint's tensors on the CPU, over files that it keeps mapped. For one thread.
+
+    A page is read when it is touched, and counts as memory of the process until the reader (or its
+    `with` block) and all of its views are gone.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the whole tensor."""
+        info = self._checkpoint.info(name)
+        tensor: Tensor = self._file(info.file).get_tensor(name)
         return tensor
 
     def expert(self, name: str, index: int) -> Tensor:
         """A view of one index of the tensor's first dimension; no other byte is read."""
-        shape = self.info(name).shape
-        count = shape[0] if shape else 0
+        info = self._checkpoint.info(name)
+        count = info.shape[0] if info.shape else 0
         if not 0 <= index < count:
             raise ValueError(
-                f"Checkpoint: index must be in [0, {count}) for {name} of shape {list(shape)}, "
-                f"got {index}"
+                f"Checkpoint: index must be in [0, {count}) for {name} of shape "
+                f"{list(info.shape)}, got {index}"
             )
-        tensor: Tensor = self._file_of(name).get_slice(name)[index]
+        tensor: Tensor = self._file(info.file).get_slice(name)[index]
         return tensor
 
-    def _file_of(self, name: str) -> Any:
-        path = self.folder / self.info(name).file
-        try:
-            return safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise format_error("header", path, "a safetensors header", str(error)) from error
+    def _file(self, file: str) -> Any:
+        if file not in self._files:
+            path = self._checkpoint.folder / file
+            try:
+                self._files[file] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise format_error("header", path, "a whole file", str(error)) from error
+        return self._files[file]
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether there is anything in a folder that `Checkpoint.open` would read, right or wrong."""
+    return (folder / INDEX_FILE).is_file() or any(folder.glob("*.safetensors"))
 
 
 def _find_files(folder: Path) -> tuple[list[str], dict[str, str]]:

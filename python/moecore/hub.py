@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_WEIGHTS = ["*.safetensors"]
+_WANTED = ["*.json", "*.jinja", "tokenizer.model"]
 # Subfolders and consolidated files repeat the weights in other layouts.
 _UNWANTED = ["*/*", "consolidated*"]
 
 
-def resolve_model(model: str | Path | None = None, revision: str | None = None) -> Path:
+def resolve_model(
+    model: str | Path | None = None, revision: str | None = None, *, weights: bool = True
+) -> Path:
     """Find the folder of a model, downloading it if it is named by a hub id.
 
     An existing folder wins over a hub id of the same name. A download goes to the hub's cache and
@@ -22,6 +25,7 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
         model: None for the model that comes with moecore; a folder; or a hub id such as
             "Qwen/Qwen3-30B-A3B". A Path, and a name that can be no hub id, are folders only.
         revision: branch, tag or commit, for a hub id only.
+        weights: False leaves the weights out of a download.
 
     Returns:
         The folder. Which files lie in it is for its readers to check.
@@ -43,7 +47,7 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
             f"resolve_model: model must be an existing folder or a hub id (owner/name), got "
             f"{str(model)!r}; there is no folder {folder.absolute()}"
         )
-    return _download(model, revision, folder.absolute())
+    return _download(model, revision, weights, folder.absolute())
 
 
 def _bundled_model() -> Path:
@@ -56,14 +60,17 @@ def _bundled_model() -> Path:
     return folder
 
 
-def _download(model: str, revision: str | None, folder: Path) -> Path:
+def _download(model: str, revision: str | None, weights: bool, folder: Path) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     at = model if revision is None else f"{model} at revision {revision}"
     looked = f"resolve_model: {at} not found: no folder {folder}"
     try:
         path = snapshot_download(
-            model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            model,
+            revision=revision,
+            allow_patterns=_WANTED + _WEIGHTS if weights else _WANTED,
+            ignore_patterns=_UNWANTED,
         )
     except errors.GatedRepoError as error:
         raise PermissionError(

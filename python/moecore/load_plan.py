@@ -14,7 +14,6 @@ from moecore.errors import FormatError
 from moecore.safetensors_header import TensorInfo, format_error
 
 _SHOWN_PROBLEMS = 8
-_ALIGNMENT = 64  # bytes
 
 _FLOATS = {
     "F64": torch.float64,
@@ -51,7 +50,7 @@ class WeightSlot:
     """A place in the model, and where its weights are found.
 
     `load` is called once, with one tensor for each source of the first alternative whose names are
-    all in the checkpoint. Their memory is used again afterwards: load copies, and keeps none of
+    all in the checkpoint. The tensors may be views of a mapped file: load copies, and keeps none of
     them. Different slots may load at once, on different threads.
     """
 
@@ -60,28 +59,13 @@ class WeightSlot:
     dtype: torch.dtype | None = None  # of the tensors that load gets (default: load_weights' dtype)
 
 
-class Piece(NamedTuple):
-    """Where one source lies in its file, and where among its job's tensors in memory."""
-
-    file: str
-    offset: int
-    nbytes: int
-    dtype: torch.dtype  # in the file
-    shape: tuple[int, ...]
-    place: int  # aligned for every dtype
-
-
 class Job(NamedTuple):
     """One slot, and all that it reads."""
 
     slot: WeightSlot
-    pieces: tuple[Piece, ...]
+    sources: tuple[Source, ...]
     dtype: torch.dtype  # of the tensors that load gets
-    staged_bytes: int  # room for all pieces
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
+    nbytes: int  # in the files
 
 
 def plan_load(
@@ -124,18 +108,11 @@ def _job(
     sources: tuple[Source, ...],
     dtype: torch.dtype,
 ) -> Job:
-    pieces: list[Piece] = []
-    end = 0
+    nbytes = 0
     for source in sources:
         info = tensors[source.name]
-        offset, nbytes, shape = info.offset, info.nbytes, info.shape
-        if source.expert is not None:
-            nbytes, shape = nbytes // shape[0], shape[1:]
-            offset += source.expert * nbytes
-        file_dtype = _FLOATS.get(info.dtype) or _OTHERS[info.dtype]
-        pieces.append(Piece(info.file, offset, nbytes, file_dtype, shape, end))
-        end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    return Job(slot, tuple(pieces), dtype, end)
+        nbytes += info.nbytes if source.expert is None else info.nbytes // info.shape[0]
+    return Job(slot, sources, dtype, nbytes)
 
 
 def _missing(checkpoint: Checkpoint, slot: WeightSlot) -> Iterator[FormatError]:

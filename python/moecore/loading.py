@@ -44,8 +44,8 @@ def load_weights(
     Nothing is loaded unless everything fits: no slot without its tensors, no tensor without a slot,
     every shape as the source says, every dtype one that can become the slot's (float64, float32,
     float16 and bfloat16 become one another; any other must be the same). The process then holds, on
-    top of the final weights, about 96 MB of buffers or one slot's tensors, whichever is more, and
-    for each thread one slot's tensors in their new dtype, if that differs.
+    top of the final weights, at most 128 MB of mapped file or one slot's tensors, and for each
+    thread one slot's tensors in their new dtype, if that differs.
 
     Args:
         checkpoint: as `Checkpoint.open` gives it.
@@ -76,7 +76,7 @@ def load_weights(
         unit_scale=True,
         disable=None if progress else True,
     ) as bar:
-        WeightStream(checkpoint.folder, num_threads, bar.update).run(jobs)
+        WeightStream(checkpoint, num_threads, bar.update).run(jobs)
     return LoadReport(total, time.perf_counter() - begin)
 
 

@@ -5,40 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
 from moecore import _core
-from moecore.load_plan import Job
-from moecore.safetensors_header import format_error
+from moecore.checkpoint import Checkpoint, Reader
+from moecore.load_plan import Job, Source
 
-_BUFFER_BYTES = 96 << 20  # of all threads
-_CHUNK_BYTES = 8 << 20  # what a thread takes at a time
+_MAPPED_BYTES = 128 << 20  # by all threads together
 
 
 class WeightStream:
-    """Loads jobs through buffers that are read into and used again.
+    """Loads jobs from files that are mapped anew for every batch of jobs.
 
-    Reading into a warm buffer measures faster than touching the pages of a mapped file, and leaves
-    nothing mapped.
+    Mapped pages count as memory of the process until their mapping ends.
     """
 
-    def __init__(self, folder: Path, num_threads: int, done: Callable[[int], object]) -> None:
-        self._folder = folder
+    def __init__(
+        self, checkpoint: Checkpoint, num_threads: int, done: Callable[[int], object]
+    ) -> None:
+        self._checkpoint = checkpoint
         self._num_threads = num_threads
         self._done = done
-        self._large = torch.empty(0, dtype=torch.uint8)
 
     def run(self, jobs: list[Job]) -> None:
         """Load every job; the first exception stops it and is raised."""
-        limit = _BUFFER_BYTES // self._num_threads
-        sizes = [job.staged_bytes for job in jobs if job.staged_bytes <= limit]
-        buffers: SimpleQueue[Tensor] = SimpleQueue()
-        for _ in range(self._num_threads):
-            buffers.put(torch.empty(max(sizes, default=0), dtype=torch.uint8))
+        limit = _MAPPED_BYTES // self._num_threads
+        even = sum(job.nbytes for job in jobs) // (4 * self._num_threads)
         running: set[Future[int]] = set()
 
         def drain(most: int) -> None:
@@ -48,60 +42,31 @@ class WeightStream:
                     self._done(future.result())
 
         with _threads(self._num_threads) as (pool, on_all_threads):
-            for batch in _batches(jobs, min(limit, _CHUNK_BYTES)):
-                if batch[0].staged_bytes > limit:
+            for batch in _batches(jobs, min(limit, even)):
+                if batch[0].nbytes > limit:  # alone, and each of its operations on all threads
                     drain(0)
                     with on_all_threads():
-                        self._load_large(batch[0], pool)
-                    self._done(batch[0].nbytes)
+                        self._done(self._load(batch))
                 else:
-                    running.add(pool.submit(self._load_batch, batch, buffers))
+                    running.add(pool.submit(self._load, batch))
                     drain(2 * self._num_threads)
             drain(0)
 
-    def _load_batch(self, batch: list[Job], buffers: SimpleQueue[Tensor]) -> int:
-        """Load jobs one after another, on the calling thread."""
-        buffer = buffers.get()
-        try:
+    def _load(self, batch: list[Job]) -> int:
+        with self._checkpoint.reader() as reader:
             for job in batch:
-                memory = buffer.numpy().data
-                for piece in job.pieces:
-                    self._read(piece.file, piece.offset, memory[piece.place :][: piece.nbytes])
-                job.slot.load(*_tensors(job, buffer))
-        finally:
-            buffers.put(buffer)
+                job.slot.load(*(_read(reader, source, job.dtype) for source in job.sources))
         return sum(job.nbytes for job in batch)
 
-    def _load_large(self, job: Job, pool: ThreadPoolExecutor) -> None:
-        """Read the parts of one job on all threads, then load it with all of them."""
-        if self._large.numel() < job.staged_bytes:
-            del self._large  # before its successor exists
-            self._large = torch.empty(job.staged_bytes, dtype=torch.uint8)
-        memory = self._large.numpy().data
-        reads = [
-            pool.submit(
-                self._read,
-                piece.file,
-                piece.offset + begin,
-                memory[piece.place :][begin : min(begin + _CHUNK_BYTES, piece.nbytes)],
-            )
-            for piece in job.pieces
-            for begin in range(0, piece.nbytes, _CHUNK_BYTES)
-        ]
-        for read in reads:
-            read.result()
-        job.slot.load(*_tensors(job, self._large))
 
-    def _read(self, file: str, offset: int, target: memoryview) -> None:
-        path = self._folder / file
-        with path.open("rb", buffering=0) as handle:
-            handle.seek(offset)
-            while target:
-                count = handle.readinto(target)
-                if not count:
-                    expected = f"{len(target)} more bytes, as its header says"
-                    raise format_error("data", path, expected, "the end of the file")
-                target = target[count:]
+def _read(reader: Reader, source: Source, dtype: torch.dtype) -> Tensor:
+    if source.expert is None:
+        tensor = reader.tensor(source.name)
+    else:
+        tensor = reader.expert(source.name, source.expert)
+    if tensor.data_ptr() % tensor.element_size():  # files of early writers are not aligned
+        tensor = tensor.clone()
+    return tensor.to(dtype)
 
 
 @contextmanager
@@ -143,20 +108,10 @@ def _batches(jobs: list[Job], limit: int) -> Iterator[list[Job]]:
     batch: list[Job] = []
     size = 0
     for job in jobs:
-        if batch and size + job.staged_bytes > limit:
+        if batch and size + job.nbytes > limit:
             yield batch
             batch, size = [], 0
         batch.append(job)
-        size += job.staged_bytes
+        size += job.nbytes
     if batch:
         yield batch
-
-
-def _tensors(job: Job, buffer: Tensor) -> list[Tensor]:
-    return [
-        buffer[piece.place : piece.place + piece.nbytes]
-        .view(piece.dtype)
-        .view(piece.shape)
-        .to(job.dtype)
-        for piece in job.pieces
-    ]
