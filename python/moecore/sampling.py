@@ -128,8 +128,6 @@ def sample(logits: Tensor, samplers: list[RequestSampler]) -> list[SampledToken]
         1
     """
     _check_logits(logits, samplers)
-    if not samplers:
-        return []
     token_ids = _argmax(logits, samplers)
     others = [i for i, sampler in enumerate(samplers) if not sampler.is_plain_greedy]
     if not others:
