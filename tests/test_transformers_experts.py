@@ -117,12 +117,33 @@ def _own_gate(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
     return gate_up.chunk(2, dim=-1)[0]
 
 
+def _own_silu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(x) * (1 + 1e-4)
+
+
+class _LouderSilu(torch.nn.SiLU):
+    forward = staticmethod(_own_silu)
+
+
+def _with_activation(activation: Any) -> Any:
+    module = _experts()
+    del module.act_fn  # a module, in whose place torch accepts no function
+    module.act_fn = activation
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "what"),
     [
         pytest.param(lambda: _experts(act="gelu"), "the activation is GELUActivation", id="gelu"),
         pytest.param(
             lambda: _experts({"_apply_gate": _own_gate}), "the gate is .*_own_gate", id="gate"
+        ),
+        pytest.param(
+            lambda: _with_activation(_LouderSilu()), "computes something else than", id="belied"
+        ),
+        pytest.param(
+            lambda: _with_activation(_own_silu), "the activation is _own_silu", id="function"
         ),
         pytest.param(
             lambda: _experts(flags={"is_concatenated": False}), "is_concatenated=False", id="layout"

@@ -52,9 +52,11 @@ def register() -> None:
     `model.set_experts_implementation("moecore")`, run every experts module of the model on moecore,
     on the CPU or on CUDA. A second call changes nothing.
 
-    Supported are gated experts (SiLU, tanh-approximated GELU, and gpt-oss's clamped SwiGLU) with
-    float32 or bfloat16 parameters, for inference. What a module computes is decided at its first
-    call. A forward pass raises, before it computes anything:
+    Supported are gated experts with float32 or bfloat16 parameters, for inference: SiLU,
+    tanh-approximated GELU, clamped SiLU (DeepSeek-V4, HY-V4, GLM-5) and the clamped SwiGLU of
+    gpt-oss and MiniMax-M3. What a module computes is decided, and tried on sample values, at its
+    first call. A model whose experts are not built on transformers' interface for them (Llama 4,
+    DBRX) keeps its own. A forward pass raises, before it computes anything:
 
     - moecore.UnsupportedError for a module that is none of these; the message names its class;
     - RuntimeError if a gradient would be needed.
@@ -83,7 +85,8 @@ def pack(model: Any) -> int:
 
     Also registers "moecore" and sets it as the model's experts implementation. The packed form
     gives the same bits. Every weight is freed as soon as it is packed, so that memory peaks at the
-    model plus one tensor: afterwards the modules' `gate_up_proj` and `down_proj` are empty, of
+    model plus one tensor (of freed tensors below 32 MiB, glibc may keep the pages for what the
+    process allocates next). Afterwards the modules' `gate_up_proj` and `down_proj` are empty, of
     shape [0]. On these modules state_dict, save_pretrained, training, copies and pickles no longer
     work, and no other experts implementation can run them.
 
