@@ -15,7 +15,7 @@ from typing import Any
 
 from moecore.cli.options import UsageError
 
-_COMMANDS = ("generate", "chat", "doctor")
+_COMMANDS = ("generate", "chat", "inspect", "doctor")
 _INTERRUPTED = 130  # as a shell counts SIGINT
 _BROKEN_PIPE = 141  # and SIGPIPE
 
