@@ -33,7 +33,21 @@ def main() -> None:
             x = torch.randn(num_tokens, hidden).to(dtype).cuda()
             logits = torch.randn(num_tokens, experts).cuda()
             assert layer(x, logits).isfinite().all()
+        run_decoder_ops(dtype)
     torch.cuda.synchronize()
+
+
+def run_decoder_ops(dtype: torch.dtype) -> None:
+    table = torch.randn(50, 72).to(dtype).cuda()
+    angles = torch.randn(64, 16, device="cuda")
+    for num_tokens in (0, 1, 33):
+        ids = torch.arange(num_tokens, device="cuda")
+        x = ops.embedding(ids, table)
+        residual = torch.ones_like(x)
+        x = ops.rms_norm(x, table[0], 1e-6, residual=residual)
+        heads = x.view(num_tokens, 3, 24)
+        ops.rotary_embedding(heads, ids.int(), angles)
+        assert heads.isfinite().all()
 
 
 if __name__ == "__main__":
