@@ -28,6 +28,22 @@ def test_arrays_give_the_bits_of_tensors():
     assert np.array_equal(arrays["out"], tensors["out"].numpy())
 
 
+def test_new_outputs_are_tensors_of_the_arrays_dtype():
+    arrays = arguments()
+    want = torch.from_numpy(arrays.pop("out"))
+    got = ops.grouped_gemm(**arrays)
+    ops.grouped_gemm(**arrays, out=want)
+    assert torch.equal(got, want)
+    assert torch.equal(
+        ops.linear(arrays["input"], arrays["weights"][0]),
+        ops.linear(torch.from_numpy(arrays["input"]), torch.from_numpy(arrays["weights"][0])),
+    )
+    logits = arrays["input"]
+    assert torch.equal(
+        ops.topk_routing(logits, 2).topk_ids, ops.topk_routing(torch.from_numpy(logits), 2).topk_ids
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "axis"),
     [(name, axis) for name, array in arguments().items() for axis in range(array.ndim)],

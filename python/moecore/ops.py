@@ -347,7 +347,7 @@ def combine(
         shape = (_rows_of(topk_weights), _columns_of(expert_rows))
         out = torch.empty(
             shape,
-            dtype=getattr(expert_rows, "dtype", None),
+            dtype=_dtype_of(expert_rows),
             device=getattr(expert_rows, "device", None),
         )
     _core.combine(expert_rows, slot_to_row, topk_weights, shared_output, shared_scale, out)
@@ -359,11 +359,18 @@ def combine(
 
 
 def _rows_of(tensor: Tensor) -> int:
-    return tensor.shape[0] if isinstance(tensor, Tensor) and tensor.dim() > 0 else 0
+    shape = getattr(tensor, "shape", ())  # NumPy arrays have one, too
+    return shape[0] if len(shape) > 0 else 0
+
+
+def _dtype_of(tensor: Tensor) -> torch.dtype | None:
+    dtype = getattr(tensor, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
 
 
 def _columns_of(tensor: Tensor) -> int:
-    return tensor.shape[-1] if isinstance(tensor, Tensor) and tensor.dim() > 0 else 0
+    shape = getattr(tensor, "shape", ())
+    return shape[-1] if len(shape) > 0 else 0
 
 
 def _new_output(
@@ -373,12 +380,10 @@ def _new_output(
     config: GroupedGemmConfig,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    is_matrix = isinstance(weights, PackedWeights) or (
-        isinstance(weights, Tensor) and weights.dim() >= 2
-    )
-    n = weights.shape[-2] if is_matrix else 0
+    shape = getattr(weights, "shape", ())
+    n = shape[-2] if len(shape) >= 2 else 0
     return torch.empty(
         (rows, n // 2 if config.gated else n),
-        dtype=dtype or getattr(input, "dtype", None),
+        dtype=dtype or _dtype_of(input),
         device=getattr(input, "device", None),
     )
