@@ -358,9 +358,12 @@ def combine(
 # fit is then reported by the core, in the same words as to a C++ caller.
 
 
-def _rows_of(tensor: Tensor) -> int:
-    shape = getattr(tensor, "shape", ())  # NumPy arrays have one, too
-    return shape[0] if len(shape) > 0 else 0
+def _shape_of(tensor: object) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "shape", ()))  # NumPy arrays have one, too
+
+
+def _rows_of(tensor: object) -> int:
+    return next(iter(_shape_of(tensor)), 0)
 
 
 def _dtype_of(tensor: Tensor) -> torch.dtype | None:
@@ -368,9 +371,8 @@ def _dtype_of(tensor: Tensor) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
 
 
-def _columns_of(tensor: Tensor) -> int:
-    shape = getattr(tensor, "shape", ())
-    return shape[-1] if len(shape) > 0 else 0
+def _columns_of(tensor: object) -> int:
+    return next(reversed(_shape_of(tensor)), 0)
 
 
 def _new_output(
@@ -380,7 +382,7 @@ def _new_output(
     config: GroupedGemmConfig,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    shape = getattr(weights, "shape", ())
+    shape = _shape_of(weights)
     n = shape[-2] if len(shape) >= 2 else 0
     return torch.empty(
         (rows, n // 2 if config.gated else n),
