@@ -96,6 +96,20 @@ def test_threads_may_share_a_model(llm):
     assert [r.outputs[0].text for r in results] == want * 2
 
 
+def test_a_failed_pass_ends_every_request_with_an_error(folder):
+    with LLM(folder, device="cpu", use_tqdm=False) as llm:
+        stream = llm.stream(PROMPTS[0], GREEDY)
+        next(stream)
+        with pytest.raises(ValueError, match="must have shape"):
+            runner = llm.engine._runner
+            runner.run, real = lambda batch: torch.zeros(9, 9), runner.run
+            generate(llm, PROMPTS[1])
+        runner.run = real
+        with pytest.raises(RuntimeError, match="request 0 was aborted: a pass failed"):
+            next(stream)
+        assert generate(llm, PROMPTS[1])[0].finished
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
