@@ -70,10 +70,11 @@ def take_rows(tensor: Tensor, rows: list[int]) -> Tensor:
 def _weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Likelihoods at the row's temperature, 0 below min_p. Returns [N, V] int64."""
     temperature = torch.tensor([p.temperature for p in params]).to(logits.device)[:, None]
-    min_p = torch.tensor([p.min_p for p in params]).to(logits.device)[:, None]
     # The likeliest token's exponent is 0 at any temperature: the largest logit goes first.
     likelihood = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
-    likelihood.masked_fill_(likelihood < min_p, 0.0)
+    if any(p.min_p > 0 for p in params):
+        min_p = torch.tensor([p.min_p for p in params]).to(logits.device)[:, None]
+        likelihood.masked_fill_(likelihood < min_p, 0.0)
     return likelihood.mul_(_WEIGHT_OF_LIKELIEST).long()
 
 
