@@ -100,9 +100,9 @@ def test_a_failed_pass_ends_every_request_with_an_error(folder):
     with LLM(folder, device="cpu", use_tqdm=False) as llm:
         stream = llm.stream(PROMPTS[0], GREEDY)
         next(stream)
-        with pytest.raises(ValueError, match="must have shape"):
-            runner = llm.engine._runner
-            runner.run, real = lambda batch: torch.zeros(9, 9), runner.run
+        runner = llm.engine._runner
+        runner.run, real = lambda batch: torch.zeros(9, 9), runner.run
+        with pytest.raises(ValueError, match="logits must be float32"):
             generate(llm, PROMPTS[1])
         runner.run = real
         with pytest.raises(RuntimeError, match="request 0 was aborted: a pass failed"):

@@ -133,13 +133,13 @@ def sample(logits: Tensor, samplers: list[RequestSampler]) -> list[SampledToken]
     if not others:
         return [SampledToken(token_id) for token_id in token_ids]
 
-    edited = _edited(logits, samplers, others)
-    likeliest = token_ids if edited is logits else _argmax(edited, [samplers[i] for i in others])
-    random = []
-    for row, i in enumerate(others):
-        token_ids[i] = likeliest[row]
-        if not samplers[i].params.greedy:
-            random.append(row)
+    edited = take_rows(logits, others)
+    if any(samplers[i].edits_logits for i in others):
+        rows = [samplers[i] for i in others]
+        edited = _edited(edited, rows)
+        for i, likeliest in zip(others, _argmax(edited, rows), strict=True):
+            token_ids[i] = likeliest
+    random = [row for row, i in enumerate(others) if not samplers[i].params.greedy]
     if random:
         rows = [samplers[others[row]] for row in random]
         noise = [sampler.draw_uniform() for sampler in rows]
@@ -149,13 +149,11 @@ def sample(logits: Tensor, samplers: list[RequestSampler]) -> list[SampledToken]
     return _with_logprobs(logits, samplers, token_ids)
 
 
-def _edited(logits: Tensor, samplers: list[RequestSampler], rows: list[int]) -> Tensor:
-    """The rows after penalties and masks; no copy where there are none and all rows are taken."""
-    edited = take_rows(logits, rows)
-    if any(samplers[i].edits_logits for i in rows):
-        edited = edited.clone() if edited is logits else edited
-        for row, i in zip(edited, rows, strict=True):
-            samplers[i].edit_logits(row)
+def _edited(logits: Tensor, samplers: list[RequestSampler]) -> Tensor:
+    """A copy of the rows after penalties and masks."""
+    edited = logits.clone()
+    for row, sampler in zip(edited, samplers, strict=True):
+        sampler.edit_logits(row)
     return edited
 
 
