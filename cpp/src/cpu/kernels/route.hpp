@@ -25,165 +25,256 @@ constexpr int32_t kTakenKey = INT32_MIN;
 constexpr int32_t kDroppedKey = INT32_MIN + 1;
 constexpr float kInfinity = __builtin_huge_valf();
 
-/// One token's logits, scores and choice keys, padded to whole vectors.
-struct RouteRow {
-    float logit[kMaxExperts + kLanes];
-    float score[kMaxExperts + kLanes];
-    float choice[kMaxExperts + kLanes];
-    int32_t key[kMaxExperts + kLanes];
-};
-
-inline int32_t largest(const int32_t* key, int padded) {
-    I32x16 best = I32x16::load(key);
-    for (int e = kLanes; e < padded; e += kLanes) best = max(best, I32x16::load(key + e));
-    int32_t lane[kLanes];
-    best.store(lane);
-    int32_t result = lane[0];
-    for (int i = 1; i < kLanes; ++i) result = lane[i] > result ? lane[i] : result;
-    return result;
+inline float float_of_key(int32_t key) {
+    return __builtin_bit_cast(float, key ^ (key >> 31 & 0x7fffffff));
 }
 
-/// The lowest index of `value`, which is present.
-inline int first_equal(const int32_t* key, int32_t value) {
-    const I32x16 wanted = I32x16::broadcast(value);
+constexpr int kMaxBlocks = kMaxExperts / kLanes;  ///< of sixteen experts
+
+/// One token's logits, scores and choice keys, padded to whole vectors.
+struct RouteRow {
+    alignas(64) float logit[kMaxExperts + kLanes];
+    alignas(64) float score[kMaxExperts + kLanes];
+    alignas(64) int32_t key[kMaxExperts + kLanes];
+    alignas(64) int32_t block_key[kMaxBlocks];  ///< the largest of each sixteen keys
+};
+
+constexpr int padded_to_lanes(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+/// The largest key, in every lane.
+inline I32x16 largest(const int32_t* key, int padded) {
+    I32x16 best = I32x16::load(key);
+    for (int e = kLanes; e < padded; e += kLanes) best = max(best, I32x16::load(key + e));
+    return max_lanes(best);
+}
+
+/// The lowest index whose key is `wanted`, which is present.
+inline int first_equal(const int32_t* key, I32x16 wanted) {
     for (int e = 0;; e += kLanes) {
         const uint32_t bits = equal_bits(I32x16::load(key + e), wanted);
         if (bits != 0) return e + __builtin_ctz(bits);
     }
 }
 
-inline void load_logits(const TopkRoutingArgs& args, int64_t token, int padded, RouteRow& row) {
+/// Replaces one key where it lies, by a whole vector: the next load of it need not wait.
+inline I32x16 replace(int32_t* key, int index, I32x16 value) {
+    int32_t* block = key + index / kLanes * kLanes;
+    const I32x16 replaced = with_lane(I32x16::load(block), index % kLanes, value);
+    replaced.store(block);
+    return replaced;
+}
+
+inline F32x16 load_first_bf16(const uint16_t* p, int count) {
+    uint16_t tail[kLanes] = {};
+    for (int i = 0; i < count; ++i) tail[i] = p[i];
+    return F32x16::load_bf16(tail);
+}
+
+/// Fills row.logit, NaN as -inf and -inf past the last expert, and row.key with their order.
+/// Returns the largest logit.
+inline float load_logits(const TopkRoutingArgs& args, int64_t token, RouteRow& row) {
+    const int num_experts = args.num_experts, whole = num_experts / kLanes * kLanes;
     const int64_t start = token * args.logits_stride;
-    const int num_experts = args.num_experts;
-    for (int e = 0; e < padded; e += kLanes) F32x16::broadcast(-kInfinity).store(row.logit + e);
+    const F32x16 lowest = F32x16::broadcast(-kInfinity);
+    I32x16 best = I32x16::broadcast(kTakenKey);
+    const auto keep = [&](int e, F32x16 x) {
+        x = select(is_nan(x), lowest, x);
+        const I32x16 key = order_key(x);
+        best = max(best, key);
+        x.store(row.logit + e);
+        key.store(row.key + e);
+    };
+    const auto keep_rest = [&](F32x16 x) {
+        keep(whole, float_of_bits(first_lanes(num_experts - whole, bits_of(x), bits_of(lowest))));
+        const I32x16 key = I32x16::load(row.key + whole);
+        first_lanes(num_experts - whole, key, I32x16::broadcast(kTakenKey)).store(row.key + whole);
+    };
     if (args.logits_dtype == DType::kBFloat16) {
         const uint16_t* source = static_cast<const uint16_t*>(args.router_logits) + start;
-        int e = 0;
-        for (; e + kLanes <= num_experts; e += kLanes)
-            F32x16::load_bf16(source + e).store(row.logit + e);
-        if (e < num_experts) {
-            uint16_t tail[kLanes] = {};
-            for (int i = e; i < num_experts; ++i) tail[i - e] = source[i];
-            F32x16::load_bf16(tail).store(row.logit + e);
-            for (int i = num_experts; i < padded; ++i) row.logit[i] = -kInfinity;
-        }
+        for (int e = 0; e < whole; e += kLanes) keep(e, F32x16::load_bf16(source + e));
+        if (whole < num_experts) keep_rest(load_first_bf16(source + whole, num_experts - whole));
     } else {
         const float* source = static_cast<const float*>(args.router_logits) + start;
-        for (int e = 0; e < num_experts; ++e) row.logit[e] = source[e];
+        for (int e = 0; e < whole; e += kLanes) keep(e, F32x16::load(source + e));
+        if (whole < num_experts) keep_rest(F32x16::load_first(source + whole, num_experts - whole));
     }
-    const F32x16 lowest = F32x16::broadcast(-kInfinity);
-    for (int e = 0; e < padded; e += kLanes) {
-        const F32x16 x = F32x16::load(row.logit + e);
-        select(is_nan(x), lowest, x).store(row.logit + e);
+    return float_of_key(first_lane(max_lanes(best)));
+}
+
+/// Scores of `padded` logits; those of softmax are not yet divided by their sum.
+inline void compute_scores(ScoreFunction function, const float* logits, int padded, float row_max,
+                           float* scores) {
+    const F32x16 shift = F32x16::broadcast(row_max);
+    const auto each = [&](auto&& score) {
+        for (int e = 0; e < padded; e += kLanes) score(F32x16::load(logits + e)).store(scores + e);
+    };
+    switch (function) {
+        case ScoreFunction::kSigmoid:
+            return each([](F32x16 x) { return sigmoid(x); });
+        case ScoreFunction::kSqrtSoftplus:
+            return each([](F32x16 x) { return sqrt_softplus(x); });
+        case ScoreFunction::kRawLogits:
+        case ScoreFunction::kSoftmax:
+            return each([&](F32x16 x) { return exp(sub(x, shift)); });
     }
 }
 
-/// Fills row.score for all experts. Softmax is divided by its sum only where that can matter.
-inline void compute_scores(const TopkRoutingArgs& args, int padded, float row_max, RouteRow& row) {
-    const F32x16 shift = F32x16::broadcast(row_max);
-    switch (args.config.score_function) {
-        case ScoreFunction::kSigmoid:
-            for (int e = 0; e < padded; e += kLanes)
-                sigmoid(F32x16::load(row.logit + e)).store(row.score + e);
-            return;
-        case ScoreFunction::kSqrtSoftplus:
-            for (int e = 0; e < padded; e += kLanes)
-                sqrt_softplus(F32x16::load(row.logit + e)).store(row.score + e);
-            return;
-        case ScoreFunction::kRawLogits:
-        case ScoreFunction::kSoftmax:
-            for (int e = 0; e < padded; e += kLanes)
-                exp(sub(F32x16::load(row.logit + e), shift)).store(row.score + e);
-            break;
-    }
-    if (!args.divide_softmax()) return;
+/// Divides a row of softmax by its sum over all experts.
+inline void divide_by_sum(float* score, int padded) {
     float partial[kSumLanes] = {};
     F32x16 low = F32x16::broadcast(0.0f), high = low;
     for (int e = 0; e < padded; e += kSumLanes) {
-        low = add(low, F32x16::load(row.score + e));
-        if (e + kLanes < padded) high = add(high, F32x16::load(row.score + e + kLanes));
+        low = add(low, F32x16::load(score + e));
+        if (e + kLanes < padded) high = add(high, F32x16::load(score + e + kLanes));
     }
     low.store(partial);
     high.store(partial + kLanes);
     for (int half = kSumLanes / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) partial[i] += partial[i + half];
     const F32x16 sum = F32x16::broadcast(partial[0]);
-    for (int e = 0; e < padded; e += kLanes)
-        div(F32x16::load(row.score + e), sum).store(row.score + e);
+    for (int e = 0; e < padded; e += kLanes) div(F32x16::load(score + e), sum).store(score + e);
+}
+
+/// The two largest keys of one group.
+struct TopTwo {
+    int32_t best, second;
+};
+
+inline TopTwo top_two(const int32_t* key, int size) {
+    if (size % kLanes != 0) {
+        TopTwo top{kTakenKey, kTakenKey};
+        for (int e = 0; e < size; ++e) {
+            const int32_t smaller = key[e] < top.best ? key[e] : top.best;
+            top.best = key[e] > top.best ? key[e] : top.best;
+            top.second = smaller > top.second ? smaller : top.second;
+        }
+        return top;
+    }
+    I32x16 best = I32x16::load(key), second = I32x16::broadcast(kTakenKey);
+    for (int e = kLanes; e < size; e += kLanes) {
+        const I32x16 x = I32x16::load(key + e);
+        second = max(second, min(best, x));
+        best = max(best, x);
+    }
+    const I32x16 top = max_lanes(best);
+    const int lane = __builtin_ctz(equal_bits(best, top));
+    best = with_lane(best, lane, I32x16::broadcast(kTakenKey));
+    return {first_lane(top), first_lane(max_lanes(max(second, best)))};
 }
 
 /// Drops the groups outside the topk_group best: their keys become kDroppedKey.
 inline void limit_groups(const TopkRoutingArgs& args, RouteRow& row) {
     const RoutingConfig& config = args.config;
     const int size = args.num_experts / config.num_groups;
-    float group_score[kMaxExperts + kLanes];
-    int32_t group_key[kMaxExperts + kLanes];
-    const int padded = (config.num_groups + kLanes - 1) / kLanes * kLanes;
-    for (int g = 0; g < padded; ++g) group_score[g] = -kInfinity;
+    const bool add_second = config.group_limit == GroupLimit::kTop2Sum && size > 1;
+    alignas(64) float group_score[kMaxExperts];
+    alignas(64) int32_t group_key[kMaxExperts];
+    const int padded = padded_to_lanes(config.num_groups);
     for (int g = 0; g < config.num_groups; ++g) {
-        float best = -kInfinity, second = -kInfinity;
-        for (int e = g * size; e < (g + 1) * size; ++e) {
-            const float x = row.choice[e];
-            if (x > best) {
-                second = best;
-                best = x;
-            } else if (x > second) {
-                second = x;
-            }
-        }
-        const bool add_second = config.group_limit == GroupLimit::kTop2Sum && size > 1;
-        group_score[g] = add_second ? best + second : best;
+        const TopTwo top = top_two(row.key + g * size, size);
+        group_score[g] = float_of_key(top.best) + (add_second ? float_of_key(top.second) : 0.0f);
     }
+    for (int g = config.num_groups; g < padded; ++g) group_score[g] = 0.0f;
     for (int g = 0; g < padded; g += kLanes)
         order_key(F32x16::load(group_score + g)).store(group_key + g);
     for (int g = config.num_groups; g < padded; ++g) group_key[g] = kTakenKey;
+    const I32x16 taken = I32x16::broadcast(kTakenKey);
     for (int i = 0; i < config.topk_group; ++i)
-        group_key[first_equal(group_key, largest(group_key, padded))] = kTakenKey;
+        replace(group_key, first_equal(group_key, largest(group_key, padded)), taken);
     for (int g = 0; g < config.num_groups; ++g) {
         if (group_key[g] == kTakenKey) continue;
         for (int e = g * size; e < (g + 1) * size; ++e) row.key[e] = kDroppedKey;
     }
 }
 
+/// The top_k largest keys, ties to the lower expert. Of each sixteen keys only the largest takes
+/// part until it is chosen.
+inline void select_experts(int padded, int top_k, RouteRow& row, int32_t* ids) {
+    const I32x16 taken = I32x16::broadcast(kTakenKey);
+    if (padded == kLanes) {
+        I32x16 keys = I32x16::load(row.key);
+        for (int j = 0; j < top_k; ++j) {
+            ids[j] = __builtin_ctz(equal_bits(keys, max_lanes(keys)));
+            keys = with_lane(keys, ids[j], taken);
+        }
+        return;
+    }
+    const int blocks = padded / kLanes, padded_blocks = padded_to_lanes(blocks);
+    for (int b = 0; b < blocks; ++b)
+        row.block_key[b] = first_lane(max_lanes(I32x16::load(row.key + b * kLanes)));
+    for (int b = blocks; b < padded_blocks; ++b) row.block_key[b] = kTakenKey;
+    if (blocks <= kLanes) {
+        I32x16 tops = I32x16::load(row.block_key);
+        for (int j = 0; j < top_k; ++j) {
+            const I32x16 value = max_lanes(tops);
+            const int block = __builtin_ctz(equal_bits(tops, value));
+            const I32x16 keys = I32x16::load(row.key + block * kLanes);
+            const int lane = __builtin_ctz(equal_bits(keys, value));
+            ids[j] = block * kLanes + lane;
+            const I32x16 rest = with_lane(keys, lane, taken);
+            rest.store(row.key + block * kLanes);
+            tops = with_lane(tops, block, max_lanes(rest));
+        }
+        return;
+    }
+    for (int j = 0; j < top_k; ++j) {
+        const I32x16 value = largest(row.block_key, padded_blocks);
+        const int block = first_equal(row.block_key, value);
+        const int expert = block * kLanes + first_equal(row.key + block * kLanes, value);
+        ids[j] = expert;
+        const I32x16 rest = replace(row.key, expert, taken);
+        replace(row.block_key, block, max_lanes(rest));
+    }
+}
+
+/// Orders the experts by their scores, or logits, plus the bias.
+inline void key_choices(const TopkRoutingArgs& args, RouteRow& row) {
+    const float* base = args.choose_on_scores() ? row.score : row.logit;
+    const float* bias = args.selection_bias;
+    const I32x16 taken = I32x16::broadcast(kTakenKey);
+    for (int e = 0; e < args.num_experts; e += kLanes) {
+        const int left = args.num_experts - e;
+        F32x16 choice = F32x16::load(base + e);
+        if (bias != nullptr)
+            choice = add(choice, left >= kLanes ? F32x16::load(bias + e)
+                                                : F32x16::load_first(bias + e, left));
+        const I32x16 key = order_key(choice);
+        (left >= kLanes ? key : first_lanes(left, key, taken)).store(row.key + e);
+    }
+}
+
 inline void route_token(const TopkRoutingArgs& args, int64_t token, RouteRow& row) {
     const RoutingConfig& config = args.config;
-    const int num_experts = args.num_experts;
     const int top_k = config.top_k;
-    const int padded = (num_experts + kLanes - 1) / kLanes * kLanes;
+    const int padded = padded_to_lanes(args.num_experts);
 
     // 1. Load, and find the largest logit.
-    load_logits(args, token, padded, row);
-    float row_max = -kInfinity;
-    for (int e = 0; e < num_experts; ++e) row_max = row.logit[e] > row_max ? row.logit[e] : row_max;
+    const float row_max = load_logits(args, token, row);
 
-    // 2. Score every expert. Without a bias or a group sum only the chosen ones are needed, but a
-    //    row of scores costs little beside the GEMMs.
-    compute_scores(args, padded, row_max, row);
-
-    // 3. What the choice is made on.
-    const float* base = args.choose_on_scores() ? row.score : row.logit;
-    for (int e = 0; e < padded; ++e) row.choice[e] = base[e];
-    if (args.selection_bias != nullptr)
-        for (int e = 0; e < num_experts; ++e) row.choice[e] = base[e] + args.selection_bias[e];
-    const F32x16 lowest = F32x16::broadcast(-kInfinity);
-    for (int e = 0; e < padded; e += kLanes) {
-        F32x16 x = F32x16::load(row.choice + e);
-        x = select(is_nan(x), lowest, x);
-        x.store(row.choice + e);
-        order_key(x).store(row.key + e);
+    // 2. Score every expert where the choice or the sum needs it, or they are few; else only the
+    //    chosen ones.
+    const bool score_all = args.choose_on_scores() || args.divide_softmax() || padded <= 2 * kLanes;
+    if (score_all) {
+        compute_scores(config.score_function, row.logit, padded, row_max, row.score);
+        if (args.divide_softmax()) divide_by_sum(row.score, padded);
     }
-    for (int e = num_experts; e < padded; ++e) row.key[e] = kTakenKey;
+
+    // 3. What the choice is made on, if not the logits.
+    if (args.choose_on_scores() || args.selection_bias != nullptr) key_choices(args, row);
 
     // 4. Select.
     if (config.group_limit != GroupLimit::kNone && config.topk_group < config.num_groups)
         limit_groups(args, row);
     int32_t* ids = args.topk_ids + token * top_k;
     float* weights = args.topk_weights + token * top_k;
-    for (int j = 0; j < top_k; ++j) {
-        const int expert = first_equal(row.key, largest(row.key, padded));
-        row.key[expert] = kTakenKey;
-        ids[j] = expert;
-        weights[j] = row.score[expert];
+    select_experts(padded, top_k, row, ids);
+    if (score_all) {
+        for (int j = 0; j < top_k; ++j) weights[j] = row.score[ids[j]];
+    } else {
+        alignas(64) float chosen[padded_to_lanes(kMaxTopK)] = {};
+        for (int j = 0; j < top_k; ++j) chosen[j] = row.logit[ids[j]];
+        compute_scores(config.score_function, chosen, padded_to_lanes(top_k), row_max, row.score);
+        for (int j = 0; j < top_k; ++j) weights[j] = row.score[j];
     }
 
     // 5. Weigh.

@@ -45,8 +45,20 @@ inline __m256i round_to_bf16(__m256 x) {
     return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
 }
 
+/// In each lane its index.
+inline I32x16 lane_indices() {
+    return {_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0),
+            _mm256_set_epi32(15, 14, 13, 12, 11, 10, 9, 8)};
+}
+
 struct F32x16 {
     __m256 lo, hi;
+    static F32x16 load_first(const float* p, int count) {
+        const __m256i end = _mm256_set1_epi32(count);
+        const I32x16 lane = lane_indices();
+        return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(end, lane.lo)),
+                _mm256_maskload_ps(p + 8, _mm256_cmpgt_epi32(end, lane.hi))};
+    }
     static F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
     static F32x16 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
     static F32x16 load_bf16(const uint16_t* p) {
@@ -148,6 +160,29 @@ I32x16 every_other(I32x16 a, I32x16 b) {
         return _mm256_permute4x64_epi64(_mm256_castps_si256(picked), 0b11011000);
     };
     return {pick(a), pick(b)};
+}
+inline I32x16 min(I32x16 a, I32x16 b) {
+    return {_mm256_min_epi32(a.lo, b.lo), _mm256_min_epi32(a.hi, b.hi)};
+}
+inline I32x16 first_lanes(int count, I32x16 a, I32x16 b) {
+    const __m256i end = _mm256_set1_epi32(count);
+    const I32x16 lane = lane_indices();
+    return {_mm256_blendv_epi8(b.lo, a.lo, _mm256_cmpgt_epi32(end, lane.lo)),
+            _mm256_blendv_epi8(b.hi, a.hi, _mm256_cmpgt_epi32(end, lane.hi))};
+}
+inline I32x16 max_lanes(I32x16 a) {
+    __m256i x = _mm256_max_epi32(a.lo, a.hi);
+    x = _mm256_max_epi32(x, _mm256_permute2x128_si256(x, x, 0x01));
+    x = _mm256_max_epi32(x, _mm256_shuffle_epi32(x, 0b01001110));
+    x = _mm256_max_epi32(x, _mm256_shuffle_epi32(x, 0b10110001));
+    return {x, x};
+}
+inline int32_t first_lane(I32x16 a) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(a.lo)); }
+inline I32x16 with_lane(I32x16 a, int lane, I32x16 from) {
+    const __m256i wanted = _mm256_set1_epi32(lane);
+    const I32x16 index = lane_indices();
+    return {_mm256_blendv_epi8(a.lo, from.lo, _mm256_cmpeq_epi32(index.lo, wanted)),
+            _mm256_blendv_epi8(a.hi, from.hi, _mm256_cmpeq_epi32(index.hi, wanted))};
 }
 inline uint32_t equal_bits(I32x16 a, I32x16 b) {
     const auto bits = [](__m256i x, __m256i y) {

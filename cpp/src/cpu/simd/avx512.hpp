@@ -29,6 +29,9 @@ struct F32x16 {
     __m512 v;
     static F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
     static F32x16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+    static F32x16 load_first(const float* p, int count) {
+        return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
+    }
     static F32x16 load_bf16(const uint16_t* p) {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
@@ -92,6 +95,20 @@ I32x16 every_other(I32x16 a, I32x16 b) {
         _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
     return {_mm512_permutex2var_epi32(a.v, kSecond ? odd : even, b.v)};
+}
+inline I32x16 min(I32x16 a, I32x16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
+inline I32x16 first_lanes(int count, I32x16 a, I32x16 b) {
+    return {_mm512_mask_mov_epi32(b.v, static_cast<__mmask16>((1u << count) - 1), a.v)};
+}
+inline I32x16 max_lanes(I32x16 a) {
+    __m512i x = _mm512_max_epi32(a.v, _mm512_shuffle_i32x4(a.v, a.v, 0b01001110));
+    x = _mm512_max_epi32(x, _mm512_shuffle_i32x4(x, x, 0b10110001));
+    x = _mm512_max_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_BADC));
+    return {_mm512_max_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_CDAB))};
+}
+inline int32_t first_lane(I32x16 a) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(a.v)); }
+inline I32x16 with_lane(I32x16 a, int lane, I32x16 from) {
+    return {_mm512_mask_mov_epi32(a.v, static_cast<__mmask16>(1u << lane), from.v)};
 }
 inline uint32_t equal_bits(I32x16 a, I32x16 b) { return _mm512_cmpeq_epi32_mask(a.v, b.v); }
 

@@ -50,6 +50,12 @@ struct F32x16 {
         for (int i = 0; i < kLanes; ++i) r.lane[i] = x;
         return r;
     }
+    /// The first `count` lanes; the others are 0 and their memory is not read.
+    static F32x16 load_first(const float* p, int count) {
+        F32x16 r{};
+        for (int i = 0; i < count; ++i) r.lane[i] = p[i];
+        return r;
+    }
     static F32x16 load_bf16(const uint16_t* p) {
         F32x16 r;
         for (int i = 0; i < kLanes; ++i) r.lane[i] = std::bit_cast<float>(uint32_t{p[i]} << 16);
@@ -172,6 +178,25 @@ template <bool kSecond>
 I32x16 every_other(I32x16 a, I32x16 b) {
     return map_lanes<I32x16>(
         [&](int i) { return (i < kLanes / 2 ? a : b).lane[2 * i % kLanes + kSecond]; });
+}
+inline I32x16 min(I32x16 a, I32x16 b) {
+    return map_lanes<I32x16>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+/// The first `count` lanes of a, then those of b.
+inline I32x16 first_lanes(int count, I32x16 a, I32x16 b) {
+    return map_lanes<I32x16>([&](int i) { return i < count ? a.lane[i] : b.lane[i]; });
+}
+/// The largest of the sixteen, in every lane.
+inline I32x16 max_lanes(I32x16 a) {
+    int32_t result = a.lane[0];
+    for (int i = 1; i < kLanes; ++i) result = a.lane[i] > result ? a.lane[i] : result;
+    return I32x16::broadcast(result);
+}
+inline int32_t first_lane(I32x16 a) { return a.lane[0]; }
+/// `a` with one lane of `from`.
+inline I32x16 with_lane(I32x16 a, int lane, I32x16 from) {
+    a.lane[lane] = from.lane[lane];
+    return a;
 }
 inline uint32_t equal_bits(I32x16 a, I32x16 b) {
     return mask_lanes([&](int i) { return a.lane[i] == b.lane[i]; }).bits;
