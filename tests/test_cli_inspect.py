@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import moecore
+from moecore import model_size
+from moecore.checkpoint import Checkpoint
 from moecore.cli import inspect
 
 REAL = {
@@ -70,7 +72,7 @@ def facts_of(folder, capsys):
 @pytest.mark.parametrize("fused", [False, True], ids=["per-expert", "fused"])
 @pytest.mark.parametrize("family", checkpoints.FAMILIES)
 def test_a_checkpoint_has_the_parameters_of_transformers_model(tmp_path, capsys, family, fused):
-    model = checkpoints.make_model(family)
+    model = checkpoints.make_model(family, num_key_value_heads=2)
     checkpoints.save(model, tmp_path)
     if fused:
         checkpoints.fuse_experts(tmp_path)
@@ -108,6 +110,16 @@ def test_real_models_have_their_published_sizes(tmp_path, capsys, config, total,
     assert facts["active_parameters"] == active
     assert facts["kv_bytes_per_token"] == kv
     assert facts["bytes_per_rank"]["1"] == 2 * total
+
+
+def test_shared_experts_are_on_every_rank(tmp_path):
+    tensors = {
+        f"model.layers.0.mlp.{name}.weight": torch.zeros(size)
+        for name, size in {"experts.7.up_proj": 5, "shared_experts.up_proj": 7}.items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    size = model_size.checkpoint_parameters(Checkpoint.open(tmp_path))
+    assert (size.experts, size.rest) == (5, 7)
 
 
 def test_bytes_are_those_of_the_dtypes_in_the_files(tmp_path, capsys):

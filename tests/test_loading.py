@@ -1,9 +1,9 @@
-"""load_weights and dummy_weights: what arrives, in which order, and what is refused first."""
+"""load_weights and dummy_weights: what arrives, in which order, through how much memory."""
 
 import subprocess
 import sys
 import textwrap
-import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import MagicMock
 
@@ -13,23 +13,9 @@ from safetensors.torch import save_file
 
 import moecore
 from moecore import loading, weight_stream
-from moecore.checkpoint import Checkpoint
+from moecore.checkpoint import Checkpoint, Reader
 from moecore.loading import Source, WeightSlot, dummy_weights, load_weights
-
-E, N, K = 6, 8, 16
-
-
-def make_tensors(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        f"layers.0.experts.{expert}.{part}.weight": torch.randn(N, K, generator=generator)
-        for expert in range(E)
-        for part in ("gate", "up")
-    }
-    tensors["layers.0.experts.fused"] = torch.randn(E, N, K, generator=generator)
-    tensors["embed.weight"] = torch.randn(50, K, generator=generator)
-    tensors["norm.weight"] = torch.randn(K, generator=generator)
-    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+from weight_slots import E, K, Model, N, make_tensors, save
 
 
 @pytest.fixture
@@ -41,59 +27,6 @@ def tensors():
 def checkpoint(tmp_path, tensors):
     """Two shards: gate and up of expert 3 are on different sides of the cut."""
     return save(tmp_path, tensors)
-
-
-def save(folder, tensors):
-    names = sorted(tensors)
-    cut = next((i for i, name in enumerate(names) if "3.up" in name), len(names) // 2)
-    folder.mkdir(exist_ok=True)
-    weight_map = {}
-    for file, part in (("a.safetensors", names[:cut]), ("b.safetensors", names[cut:])):
-        save_file({name: tensors[name] for name in part}, folder / file)
-        weight_map.update(dict.fromkeys(part, file))
-    index = folder / "model.safetensors.index.json"
-    index.write_text(str({"weight_map": weight_map}).replace("'", '"'))
-    return Checkpoint.open(folder)
-
-
-class Model:
-    """Slots that copy what they get into `got`."""
-
-    def __init__(self, tensors):
-        self.got = {}
-        self.order = []
-        self.threads = set()
-        self._lock = threading.Lock()
-        self.slots = [
-            self.slot(
-                *(
-                    Source(f"layers.0.experts.{expert}.{part}.weight", (N, K))
-                    for part in ("gate", "up")
-                ),
-                key=f"gate_up.{expert}",
-            )
-            for expert in range(E)
-        ]
-        self.slots += [
-            self.slot(Source("layers.0.experts.fused", (E, N, K), expert=expert))
-            for expert in reversed(range(E))
-        ]
-        self.slots += [
-            self.slot(Source(name, tuple(tensors[name].shape)))
-            for name in ("norm.weight", "embed.weight")
-        ]
-
-    def slot(self, *sources, key=None, **options):
-        key = str(sources[0]) if key is None else key
-
-        def load(*parts):
-            with self._lock:
-                assert key not in self.got
-                self.got[key] = [part.clone() for part in parts]
-                self.order.append(key)
-                self.threads.add(threading.get_ident())
-
-        return WeightSlot((sources,), load, **options)
 
 
 def check_values(model, tensors, dtype=torch.bfloat16):
@@ -235,114 +168,8 @@ def test_an_error_in_a_slot_stops_the_loading_and_is_raised(checkpoint, tensors)
 def test_a_file_cut_after_it_was_opened_is_named(checkpoint, tensors):
     path = checkpoint.folder / "b.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(
-        moecore.FormatError, match=r"header in .*b.safetensors: expected a whole file"
-    ):
+    with pytest.raises(moecore.FormatError, match=r"header in .*b.safetensors: expected a whole"):
         load_weights(checkpoint, Model(tensors).slots, dtype=torch.bfloat16, progress=False)
-
-
-def without(tensors, *names):
-    return {name: tensor for name, tensor in tensors.items() if name not in names}
-
-
-# What is done to the right tensors, and what the message must say.
-MISFITS = {
-    "missing": (
-        lambda t: without(t, "norm.weight"),
-        r"norm.weight in .*: expected a tensor of shape \[16\], found none",
-    ),
-    "one-of-two-missing": (
-        lambda t: without(t, "layers.0.experts.2.up.weight"),
-        r"experts.2.up.weight in .*: expected a tensor of shape \[8, 16\], found none",
-    ),
-    "extra": (
-        lambda t: {**t, "layers.1.mlp": torch.zeros(3, 2)},
-        r"layers.1.mlp in .*safetensors: expected no tensor .* found F32 of shape \[3, 2\]",
-    ),
-    "misshapen": (
-        lambda t: {**t, "embed.weight": torch.zeros(51, K)},
-        r"embed.weight in .*safetensors: expected shape \[50, 16\], found shape \[51, 16\]",
-    ),
-    "transposed": (
-        lambda t: {**t, "embed.weight": t["embed.weight"].T.contiguous()},
-        r"embed.weight in .*: expected shape \[50, 16\], found shape \[16, 50\]",
-    ),
-    "fewer-experts": (
-        lambda t: {**t, "layers.0.experts.fused": t["layers.0.experts.fused"][:-1].clone()},
-        r"experts.fused in .*: expected shape \[6, 8, 16\], found shape \[5, 8, 16\]",
-    ),
-    "float8": (
-        lambda t: {**t, "embed.weight": t["embed.weight"].to(torch.float8_e4m3fn)},
-        "embed.weight in .*: expected a dtype that can become bfloat16, found F8_E4M3",
-    ),
-    "integers": (
-        lambda t: {**t, "norm.weight": torch.zeros(K, dtype=torch.int64)},
-        "norm.weight in .*: expected a dtype that can become bfloat16, found I64",
-    ),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
-def test_what_does_not_fit_is_named_and_nothing_is_loaded(tmp_path, tensors, change, message):
-    model = Model(tensors)
-    with pytest.raises(moecore.FormatError, match=message):
-        load_weights(save(tmp_path, change(tensors)), model.slots, dtype=torch.bfloat16)
-    assert not model.got
-
-
-def test_all_problems_are_counted_and_the_first_are_listed(tmp_path, tensors):
-    tensors = {name: tensor for name, tensor in tensors.items() if "gate" not in name}
-    with pytest.raises(moecore.FormatError, match="got 6 problems") as caught:
-        load_weights(save(tmp_path, tensors), Model(make_tensors()).slots, dtype=torch.bfloat16)
-    assert str(caught.value).count("found none") == E
-    many = {f"extra.{i}": torch.zeros(1) for i in range(20)}
-    with pytest.raises(moecore.FormatError, match="got 26 problems") as caught:
-        load_weights(
-            save(tmp_path, {**tensors, **many}), Model(make_tensors()).slots, dtype=torch.bfloat16
-        )
-    assert str(caught.value).endswith("and 18 more")
-
-
-def test_a_missing_slot_names_the_nearest_alternative_and_the_others(checkpoint):
-    alternatives = (
-        (Source("w1", (N, K)), Source("w3", (N, K))),
-        (Source("norm.weight", (K,)), Source("w2", (N, K))),
-    )
-    slots = [WeightSlot(alternatives, lambda *_: None)]
-    with pytest.raises(moecore.FormatError, match=r"w2 in .*\[8, 16\] \(or instead w1 \+ w3\)"):
-        load_weights(checkpoint, slots, dtype=torch.bfloat16, ignore=["."])
-
-
-@pytest.mark.parametrize(
-    "source",
-    [Source("layers.0.experts.fused", (E, N, K), expert=E), Source("scalar", (), expert=0)],
-    ids=["past-the-last", "of-a-scalar"],
-)
-def test_an_expert_that_is_not_there_is_refused(tmp_path, tensors, source):
-    checkpoint = save(tmp_path, {**tensors, "scalar": torch.tensor(1.0)})
-    slots = [WeightSlot(((source,),), lambda _: None)]
-    with pytest.raises(moecore.FormatError, match=rf"expected an expert {source.expert}, found"):
-        load_weights(checkpoint, slots, dtype=torch.bfloat16, ignore=["."])
-
-
-def test_ignored_tensors_need_no_slot(checkpoint):
-    slots = [WeightSlot(((Source("norm.weight", (K,)),),), lambda _: None)]
-    report = load_weights(
-        checkpoint, slots, dtype=torch.bfloat16, ignore=[r"experts\.", "^embed"], progress=False
-    )
-    assert report.bytes == 2 * K
-
-
-@pytest.mark.parametrize("ignore", ["embed", ["("], [3]])
-def test_ignore_that_is_no_list_of_expressions_is_named(checkpoint, ignore):
-    with pytest.raises(ValueError, match="ignore must be a list of regular expressions, got"):
-        load_weights(checkpoint, [], dtype=torch.bfloat16, ignore=ignore)
-
-
-@pytest.mark.parametrize("num_threads", [0, -1])
-def test_num_threads_out_of_range_is_named(checkpoint, num_threads):
-    with pytest.raises(ValueError, match=rf"num_threads must be >= 1, got {num_threads}"):
-        load_weights(checkpoint, [], dtype=torch.bfloat16, num_threads=num_threads)
 
 
 def test_packed_weights_hold_what_the_file_holds(tmp_path, tensors):
@@ -362,6 +189,34 @@ def test_packed_weights_hold_what_the_file_holds(tmp_path, tensors):
         moecore.ops.grouped_gemm(x, packed, offsets),
         moecore.ops.grouped_gemm(x, tensors["layers.0.experts.fused"], offsets),
     )
+
+
+@pytest.mark.parametrize(("num_threads", "limit"), [(1, 600), (2, 1500)])
+def test_a_mapping_ends_with_its_share_of_the_limit_or_one_slot(
+    checkpoint, tensors, monkeypatch, num_threads, limit
+):
+    monkeypatch.setattr(weight_stream, "_MAPPED_BYTES", limit)
+    read = defaultdict(list)  # reader -> bytes of the tensors it gave
+
+    def recording(method):
+        def give(reader, *args):
+            tensor = method(reader, *args)
+            read[reader].append(tensor.nbytes)
+            return tensor
+
+        return give
+
+    for name in ("tensor", "expert"):
+        monkeypatch.setattr(Reader, name, recording(getattr(Reader, name)))
+    slots = Model(tensors).slots
+    load_weights(checkpoint, slots, dtype=torch.bfloat16, num_threads=num_threads, progress=False)
+    assert sum(map(sum, read.values())) == sum(tensor.nbytes for tensor in tensors.values())
+    pair = 2 * N * K * 2  # gate and up of an expert, of one slot
+    assert all(
+        sum(sizes) <= limit // num_threads or len(sizes) == 1 or sizes == [pair // 2] * 2
+        for sizes in read.values()
+    )
+    assert len(read) < len(slots)
 
 
 def test_memory_stays_at_the_weights_plus_a_tensor_and_200_mb(tmp_path):
@@ -423,7 +278,7 @@ def test_dummy_weights_are_small_and_normal():
     [[values]] = dummies(lambda model: [model.slot(source)], dtype=torch.float32).values()
     assert values.shape == (3000, 2000)
     assert values.mean().abs() < 1e-4
-    assert values.std().sub(0.02).abs() < 1e-4
+    assert values.std().sub(0.02).abs() < 3e-5
     # The table of values is shorter than the tensor; no row repeats for that.
     assert values[:, 0].unique().numel() > 2900
     assert torch.equal(values.flatten()[:1000], values.flatten()[loading._DUMMY_VALUES :][:1000])

@@ -83,7 +83,7 @@ def _tensor_info(name: str, entry: Any, path: Path, data_begin: int) -> TensorIn
     bits = _BITS[dtype]
     for size in shape:
         bits *= size
-    if bits % 8 or (end - begin) * 8 != bits:
+    if (end - begin) * 8 != bits:
         raise format_error(
             name,
             path,
