@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kThreads)
     float sum[kCount] = {};
     for (int j = 0; j < args.top_k; ++j) {
         const int64_t row = slot_to_row[j];
-        if (row >= 0) accumulate(weights[j], expert_rows + row * args.rows_stride, sum);
+        if (row >= 0 && row < args.num_rows)  // -1 is a dropped slot
+            accumulate(weights[j], expert_rows + row * args.rows_stride, sum);
     }
 
     // 2. Add the shared expert's. Output may be the same memory: this thread alone touches these

@@ -6,7 +6,8 @@
 // A block of 256 threads makes a tile of 64 rows x 64 weight rows, 4 x 4 a thread, from 32-deep
 // slices in shared memory. Each output has one float32 accumulator, fed in order k = 0 .. K - 1:
 // its bits depend on neither tile nor batch. The grid covers any split of num_rows into groups;
-// each block finds its tile in expert_offsets, and surplus blocks leave. Needs sm_80.
+// each block finds its tile in expert_offsets, and surplus blocks leave. Wrong offsets and slots
+// give wrong rows, but no access outside a tensor. Needs sm_80.
 
 #include <cuda_bf16.h>
 
@@ -40,9 +41,10 @@ struct RowTile {
 __device__ bool find_row_tile(const GroupedGemmArgs& args, int64_t index, RowTile& tile) {
     for (int group = 0; group < args.num_groups; ++group) {
         const bool is_split = args.expert_offsets != nullptr;
-        const int64_t first = is_split ? args.expert_offsets[group] : 0;
-        const int64_t end = is_split ? args.expert_offsets[group + 1] : args.num_rows;
-        const int64_t num_tiles = ceil_div(end - first, BLOCK_M);
+        const int64_t first = is_split ? max(args.expert_offsets[group], int64_t{0}) : 0;
+        const int64_t end =
+            is_split ? min(args.expert_offsets[group + 1], args.num_rows) : args.num_rows;
+        const int64_t num_tiles = first < end ? ceil_div(end - first, BLOCK_M) : 0;
         if (index < num_tiles) {
             const int64_t begin = first + index * BLOCK_M;
             tile = {group, begin, min(begin + BLOCK_M, end)};
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     // One column of padding keeps a warp's transposed stores in different banks.
     __shared__ float input_tile[BLOCK_K][BLOCK_M + 1];
     __shared__ float weight_tile[BLOCK_K][BLOCK_N + 1];
-    __shared__ int64_t input_offset[BLOCK_M];   // of a row's first element, -1 past the group
+    __shared__ int64_t input_offset[BLOCK_M];   // of a row's first element, -1 for zeros
     __shared__ int64_t weight_offset[BLOCK_N];  // of a weight row's first element, -1 past N
 
     // 1. Find this block's rows, and where they and the weights lie.
@@ -95,10 +97,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const int64_t column_tile = blockIdx.y;
     for (int i = threadIdx.x; i < BLOCK_M; i += kThreads) {
         const int64_t row = tile.begin + i;
-        int64_t input_row = row;
-        if (row < tile.end && args.sorted_slots != nullptr)
-            input_row = args.sorted_slots[row] / args.slots_per_token;
-        input_offset[i] = row < tile.end ? input_row * args.input_stride : -1;
+        int64_t input_row = row < tile.end ? row : -1;
+        if (row < tile.end && args.sorted_slots != nullptr) {
+            const int32_t slot = args.sorted_slots[row];
+            input_row = slot >= 0 ? slot / args.slots_per_token : -1;
+        }
+        const bool exists = input_row >= 0 && input_row < args.num_input_rows;
+        input_offset[i] = exists ? input_row * args.input_stride : -1;
     }
     for (int i = threadIdx.x; i < BLOCK_N; i += kThreads) {
         const int64_t row = weight_row(args, column_tile, i);

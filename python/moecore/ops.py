@@ -266,7 +266,8 @@ def grouped_gemm(
 
     Raises:
         ValueError: a shape, dtype, stride, range or device above does not hold, or on the CPU an
-            offset or slot points outside its tensor; the message names it.
+            offset or slot points outside its tensor; the message names it. On CUDA, which never
+            waits for the host to look, the rows of such an offset or slot are unspecified.
         TypeError: an argument is no tensor.
     """
     if out is None:
@@ -328,7 +329,8 @@ def combine(
 
     Args:
         expert_rows: [>= R, H] float32 or bfloat16, rows contiguous.
-        slot_to_row: [T * k] int32; -1 adds nothing.
+        slot_to_row: [T * k] int32; -1 adds nothing. A row outside expert_rows is an error on the
+            CPU and adds nothing on CUDA, which never waits for the host to look.
         topk_weights: [T, k] float32.
         shared_output: [T, H] of expert_rows' dtype.
         shared_scale: [T] float32; 1 if not given.

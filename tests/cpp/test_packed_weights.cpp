@@ -57,6 +57,74 @@ void test_packed_weights_name_the_bad_argument() {
         expect_invalid(call, std::string("PackedWeights: ") + text);
 }
 
+/// Where element (row, k) of a matrix lies: panels of 64 features, K outermost, two K of bfloat16
+/// side by side. A gated panel holds 32 gates, then their ups.
+int64_t place(int64_t n, int64_t k_dim, bool gated, DType dtype, int64_t row, int64_t k) {
+    const int64_t pair = dtype == kBf16 ? 2 : 1, width = n / 2;
+    const int64_t panel = gated ? row % width / 32 : row / 64;
+    const int64_t column = gated ? row % width % 32 + (row >= width ? 32 : 0) : row % 64;
+    const int64_t padded_k = (k_dim + pair - 1) / pair * pair;
+    return (panel * padded_k + k / pair * pair) * 64 + column * pair + k % pair;
+}
+
+/// Packs one matrix that is stored with the given strides (gates before ups, or in turns), in an
+/// allocation without a byte to spare, and looks at every element and at the padding.
+void check_packing(DType dtype, int64_t n, int64_t k_dim, bool gated, bool in_turns,
+                   bool n_contiguous, int64_t gap, bool backwards) {
+    Random random(static_cast<uint32_t>(n * 100 + k_dim));
+    int64_t row_stride = n_contiguous ? 1 : k_dim + gap;
+    int64_t k_stride = n_contiguous ? n + gap : 1;
+    Array source = random.array(dtype, (n - 1) * row_stride + (k_dim - 1) * k_stride + 1);
+    int64_t origin = 0;
+    if (backwards) {  // the slow dimension runs down in memory
+        int64_t& slow = n_contiguous ? k_stride : row_stride;
+        origin = ((n_contiguous ? k_dim : n) - 1) * slow;
+        slow = -slow;
+    }
+    const auto part = [&](int64_t first, int64_t rows, int64_t step) {
+        TensorView view(static_cast<char*>(source.data()) +
+                            (origin + first * row_stride) * static_cast<int64_t>(size_of(dtype)),
+                        dtype, {rows, k_dim});
+        view.strides = {row_stride * step, k_stride, 0, 0};
+        return view;
+    };
+    PackedWeights packed(dtype, 2, n, k_dim, gated);
+    std::memset(const_cast<void*>(packed.data()), 0x7f, packed.size_bytes());
+    if (!gated)
+        packed.pack(1, part(0, n, 1));
+    else if (in_turns)
+        packed.pack_gated(1, part(0, n / 2, 2), part(1, n / 2, 2));
+    else
+        packed.pack_gated(1, part(0, n / 2, 1), part(n / 2, n / 2, 1));
+
+    Array wanted(dtype, packed.group_stride()), got(dtype, packed.group_stride());
+    for (int64_t row = 0; row < n; ++row)
+        for (int64_t k = 0; k < k_dim; ++k) {
+            const int64_t feature = in_turns ? row / 2 + row % 2 * (n / 2) : row;
+            wanted.set(place(n, k_dim, gated, dtype, feature, k),
+                       source[origin + row * row_stride + k * k_stride]);
+        }
+    std::memcpy(got.data(),
+                static_cast<const char*>(packed.data()) +
+                    static_cast<size_t>(packed.group_stride()) * size_of(dtype),
+                got.bytes().size());
+    expect(got.bytes() == wanted.bytes(),
+           concat(name_of(dtype), " N ", n, " K ", k_dim, " gated ", gated, " in turns ", in_turns,
+                  " N contiguous ", n_contiguous, " gap ", gap, " backwards ", backwards));
+}
+
+void test_packed_weights_have_the_same_order_from_every_layout() {
+    for (const DType dtype : {kF32, kBf16})
+        for (const int64_t n : {2, 30, 64, 98, 192})
+            for (const int64_t k_dim : {1, 2, 31, 33, 64, 131})
+                for (const int gate : {0, 1, 2})
+                    for (const bool n_contiguous : {false, true})
+                        for (const int64_t gap : {0, 5})
+                            for (const bool backwards : {false, true})
+                                check_packing(dtype, n, k_dim, gate > 0, gate > 1, n_contiguous,
+                                              gap, backwards);
+}
+
 void test_buffer_of_3_mb_is_aligned_and_writable() {
     for (const size_t bytes : {size_t{1}, size_t{257}, (size_t{2} << 20) - 1, size_t{2} << 20,
                                size_t{3} << 20, size_t{3'000'000}}) {
@@ -104,6 +172,8 @@ void add_packed_weights_tests(std::vector<Test>& tests) {
     tests.insert(
         tests.end(),
         {{"packed_weights_name_the_bad_argument", test_packed_weights_name_the_bad_argument},
+         {"packed_weights_have_the_same_order_from_every_layout",
+          test_packed_weights_have_the_same_order_from_every_layout},
          {"buffer_of_3_mb_is_aligned_and_writable", test_buffer_of_3_mb_is_aligned_and_writable},
          {"workspace_hands_out_exactly_its_bytes", test_workspace_hands_out_exactly_its_bytes},
          {"thread_counts", test_thread_counts}});

@@ -60,7 +60,9 @@ struct GroupedGemmWeights {
 /// sorted_slots    [>= R] int32, or absent
 /// output          [>= R, N], or [>= R, N / 2] if gated; float32 or bfloat16, rows contiguous
 /// Throws InvalidArgument if a shape, dtype, stride or device is not as above, an offset or slot
-/// points outside its tensor (checked on the CPU), or output overlaps an input.
+/// points outside its tensor (checked on the CPU), or output overlaps an input. On CUDA, where the
+/// host never sees them, offsets are kept within the rows of the tensors and a slot outside the
+/// input reads zeros: the rows in question hold unspecified values, and nothing else is touched.
 void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const TensorView& bias, const TensorView& expert_offsets,
                   const TensorView& sorted_slots, int slots_per_token,

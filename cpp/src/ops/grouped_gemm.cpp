@@ -1,5 +1,6 @@
 #include "moecore/grouped_gemm.hpp"
 
+#include <algorithm>
 #include <cmath>
 
 #include "moecore/kernels/grouped_gemm.hpp"
@@ -135,6 +136,7 @@ GroupedGemmArgs build_args(const Check& check, const TensorView& input, const ch
 
     args.input = input.data;
     args.input_stride = input.strides[0];
+    args.num_input_rows = input.shape[0];
     args.slots_per_token = 1;
     args.output = output.data;
     args.output_stride = output.strides[0];
@@ -178,6 +180,8 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
         check_rows(check, expert_offsets, sorted_slots, slots_per_token, input.shape[0],
                    output.shape[0]);
     args.expert_offsets = expert_offsets.as<int64_t>();
+    args.num_rows =
+        std::min(args.num_rows, sorted_slots.defined() ? sorted_slots.shape[0] : input.shape[0]);
     run(args, input.device, stream);
 }
 

@@ -15,6 +15,7 @@ struct CombineArgs {
     const void* shared_output;   ///< [T, H] of rows_dtype, or nullptr
     const float* shared_scale;   ///< [T], or nullptr for 1
     void* output;                ///< [T, H] of output_dtype, out
+    int64_t num_rows;            ///< of expert_rows
     int64_t num_tokens;          ///< T >= 0
     int64_t hidden_size;         ///< H >= 1
     int64_t rows_stride;         ///< elements between rows of expert_rows
@@ -29,7 +30,9 @@ namespace cpu {
 void combine(const CombineArgs& args);
 }
 namespace cuda {
+/// slot_to_row is on the device, where no check has seen it: values outside [0, num_rows) add
+/// nothing.
 void combine(const CombineArgs& args, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace moecore

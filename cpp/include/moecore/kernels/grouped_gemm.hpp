@@ -12,10 +12,13 @@ namespace moecore {
 struct GroupedGemmArgs {
     const void* input;              ///< [X, K] of `dtype`
     int64_t input_stride;           ///< elements between rows
+    int64_t num_input_rows;         ///< X
     const int32_t* sorted_slots;    ///< [R], or nullptr: row r reads input row r
     int slots_per_token;            ///< row r reads input row sorted_slots[r] / slots_per_token
     const int64_t* expert_offsets;  ///< [G + 1]; nullptr with G = 1: rows 0 .. num_rows - 1
-    int64_t num_rows;               ///< an upper bound of R, known without reading expert_offsets
+    int64_t num_rows;               ///< an upper bound of R, known without reading expert_offsets:
+                                    ///< every row below it is in output, and in what it is read
+                                    ///< through (sorted_slots, or input)
     const void* weights;            ///< packed, or plain with the strides below
     bool is_packed;
     int64_t group_stride;        ///< elements between groups
@@ -37,7 +40,9 @@ namespace cpu {
 void grouped_gemm(const GroupedGemmArgs& args);
 }
 namespace cuda {
+/// Offsets and slots are on the device, where no check has seen them: kernels keep offsets within
+/// [0, num_rows] and read zeros for a slot outside [0, X * slots_per_token).
 void grouped_gemm(const GroupedGemmArgs& args, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace moecore
