@@ -346,3 +346,29 @@ def rotary_embedding(x, positions, cos_sin, interleaved=False, absolute=False):
     turned = a * cos + sign * b * sin, b * cos + a * sin
     turned = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return torch.cat([turned, x[..., rotary_dim:]], dim=-1)
+
+
+def attention(query, key, value, scale):
+    """[T, Hq, D] float64 of one sequence, causal, and a bound of the error of `paged_attention`.
+
+    A score is off by D + 2 roundings of its terms, and its exponent by as much again of itself; a
+    weight by that, by 4 eps of its own, and by its rounding to the dtype; sums of weights, of
+    values and their rescaling by one eps a term at most. Weights err in the numerator and in the
+    denominator, each within that share of the weighted magnitudes.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    group = num_heads // key.shape[1]
+    q = query.double().transpose(0, 1)
+    k, v = (t.double().repeat_interleave(group, dim=1).transpose(0, 1) for t in (key, value))
+    visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    scores = scale * (q @ k.mT)
+    magnitudes = scale * (q.abs() @ k.abs().mT)
+    weights = torch.softmax(scores.masked_fill(~visible, NEG_INF), dim=-1)
+    score_error = (2 * head_dim + 8) * EPS32 * magnitudes.masked_fill(~visible, 0).amax(-1, True)
+    relative = 2 * score_error + (num_tokens + 16) * EPS32
+    spread = weights @ v.abs()
+    weight_rounding = 2**-8 if query.dtype == torch.bfloat16 else 0.0
+    error = (2 * relative + weight_rounding) * spread
+    out = weights @ v
+    error = rounded(out, error, query.dtype)
+    return out.transpose(0, 1), error.transpose(0, 1)

@@ -25,7 +25,11 @@ int main() {
     test::add_grouped_gemm_argument_tests(tests);
     test::add_packed_weights_tests(tests);
     test::add_combine_tests(tests);
+    test::add_embedding_tests(tests);
     test::add_moe_layer_tests(tests);
+    test::add_paged_attention_tests(tests);
+    test::add_rms_norm_tests(tests);
+    test::add_rotary_embedding_tests(tests);
     std::cout << "CPU kernels: " << build_info().cpu_isa << "\n";
     int failed = 0;
     for (const test::Test& test : tests) {

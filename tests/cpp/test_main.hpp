@@ -36,7 +36,11 @@ void add_grouped_gemm_tests(std::vector<Test>& tests);
 void add_grouped_gemm_argument_tests(std::vector<Test>& tests);
 void add_packed_weights_tests(std::vector<Test>& tests);
 void add_combine_tests(std::vector<Test>& tests);
+void add_embedding_tests(std::vector<Test>& tests);
 void add_moe_layer_tests(std::vector<Test>& tests);
+void add_paged_attention_tests(std::vector<Test>& tests);
+void add_rms_norm_tests(std::vector<Test>& tests);
+void add_rotary_embedding_tests(std::vector<Test>& tests);
 
 /// Throws with the place of the call unless `condition` holds.
 void expect(bool condition, const std::string& message,

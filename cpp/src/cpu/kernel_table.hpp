@@ -52,7 +52,7 @@ struct PackLanes {
 };
 
 /// Scores of up to kMaxTileRows rows with one block of 64 keys, on their way to weights
-/// exp(scale * (score - maximum)). What the row has added up before is scaled to its new maximum.
+/// 2^(scale * (score - maximum)). What the row has added up before is scaled to its new maximum.
 struct SoftmaxTile {
     const float* scores;   ///< [num_rows][64]
     void* weights;         ///< [num_rows][64] of `dtype`, out

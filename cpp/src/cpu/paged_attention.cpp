@@ -10,10 +10,12 @@ namespace moecore::cpu {
 namespace {
 
 /// Rows that pass together over a sequence's blocks, so that a block is read from memory once for
-/// all of them; their sums stay in the second level cache. A multiple of kMaxTileRows.
-constexpr int64_t kMaxItemRows = 132;
+/// all of them and their sums stay in the first levels of cache. A multiple of kMaxTileRows.
+constexpr int64_t kMaxItemRows = 48;
 
 constexpr int kMaxValuePanels = static_cast<int>(kMaxHeadDim) / kPanelColumns;
+
+constexpr float kLog2e = 1.44269504088896341f;
 
 /// Below this many products of one row with one block, threads cost more than they bring.
 constexpr int64_t kRowBlocksPerRange = 16;
@@ -29,6 +31,9 @@ struct Item {
 
 /// One thread's scratch.
 struct Scratch {
+    const char* queries[kMaxItemRows];  ///< each row's query
+    char* targets[kMaxItemRows];        ///< each row's output
+    int last_keys[kMaxItemRows];        ///< keys of its last block that the row sees
     alignas(64) float scores[kMaxTileRows * kPanelColumns];
     alignas(64) float weights[kMaxTileRows * kPanelColumns];  ///< for bfloat16 the first half
     alignas(64) float output[kMaxValuePanels][kMaxItemRows * kPanelColumns];
@@ -36,6 +41,14 @@ struct Scratch {
     alignas(64) float maxima[kMaxItemRows];
     alignas(64) float wide_panel[kKvBlockSize * kPanelColumns];
     alignas(64) float cleared_block[kKvBlockSize * kMaxHeadDim];
+};
+
+/// One kv head's 64 keys and values.
+struct Block {
+    const char* keys;
+    const char* values;
+    const void* last_panel;  ///< of the values, 64 columns wide
+    bool is_first, is_last;
 };
 
 class Attention {
@@ -97,23 +110,27 @@ private:
     bool attend(const Item& item, bool clear_later_values) const {
         static thread_local Scratch scratch;
         const int64_t num_blocks = item.num_blocks();
+        locate_rows(item, scratch);
+        const int last_panel = panels_.num_value_panels() - 1;
         for (int64_t b = 0; b < num_blocks; ++b) {
             const int64_t position = b * kKvBlockSize;
-            const char* keys = panels_.key_block(item.segment.sequence, position, item.kv_head);
-            const char* values = panels_.value_block(item.segment.sequence, position, item.kv_head);
-            const bool is_last = b == num_blocks - 1;
-            if (is_last && clear_later_values)
-                values = clear_values(values, num_keys(item, 0), scratch);
-            const int last_panel = panels_.num_value_panels() - 1;
-            const void* wide =
-                widened(values + last_panel * panels_.value_panel_bytes(), last_panel, scratch);
+            Block block{
+                .keys = panels_.key_block(item.segment.sequence, position, item.kv_head),
+                .values = panels_.value_block(item.segment.sequence, position, item.kv_head),
+                .is_first = b == 0,
+                .is_last = b == num_blocks - 1,
+            };
+            if (block.is_last && clear_later_values)
+                block.values = clear_values(block.values, scratch.last_keys[0], scratch);
+            block.last_panel = widened(block.values + last_panel * panels_.value_panel_bytes(),
+                                       last_panel, scratch);
             for (int64_t row = 0; row < item.count;) {
                 const int rows = tile_rows(item.count - row);
-                add_block(item, row, rows, keys, values, wide, b == 0, is_last, scratch);
+                add_block(block, row, rows, scratch);
                 row += rows;
             }
         }
-        return store(item, scratch);
+        return store(item.count, scratch);
     }
 
     /// Full tiles, then what is left in two even ones: 8 rows as 4 + 4, not 6 + 2.
@@ -122,33 +139,35 @@ private:
         return left >= 2 * kMaxTileRows ? kMaxTileRows : static_cast<int>(ceil_div(left, 2));
     }
 
-    /// Keys of the row's last block that the row sees.
-    int num_keys(const Item& item, int64_t row) const {
-        const int64_t position = item.segment.position + (item.begin + row) / group_;
-        return static_cast<int>(position % kKvBlockSize) + 1;
+    void locate_rows(const Item& item, Scratch& scratch) const {
+        int64_t token = item.begin / group_, head = item.begin % group_;
+        for (int64_t row = 0; row < item.count; ++row) {
+            const auto offset = [&](const HeadStrides& strides) {
+                return ((item.segment.first_token + token) * strides.token +
+                        (item.kv_head * group_ + head) * strides.head) *
+                       panels_.element_bytes;
+            };
+            scratch.queries[row] =
+                static_cast<const char*>(args_.query) + offset(args_.query_strides);
+            scratch.targets[row] = static_cast<char*>(args_.output) + offset(args_.output_strides);
+            scratch.last_keys[row] =
+                static_cast<int>((item.segment.position + token) % kKvBlockSize) + 1;
+            if (++head < group_) continue;
+            head = 0;
+            ++token;
+        }
     }
 
-    template <typename Pointer>
-    Pointer row_of(Pointer base, const HeadStrides& strides, const Item& item, int64_t row) const {
-        const int64_t index = item.begin + row;
-        const int64_t token = item.segment.first_token + index / group_;
-        const int64_t head = item.kv_head * group_ + index % group_;
-        return base + (token * strides.token + head * strides.head) * panels_.element_bytes;
-    }
-
-    void add_block(const Item& item, int64_t row, int rows, const char* keys, const char* values,
-                   const void* last_panel, bool is_first, bool is_last, Scratch& scratch) const {
+    void add_block(const Block& block, int64_t row, int rows, Scratch& scratch) const {
         const bool is_bf16 = panels_.element_bytes == 2;
         const auto multiply = (is_bf16 ? table_.tile_bf16 : table_.tile_f32)[rows];
         // 1. Scores of the block's 64 keys.
         GemmTile products{.rows = {},
-                          .panel = keys,
+                          .panel = block.keys,
                           .k_dim = args_.cache.head_dim,
                           .sums = scratch.scores,
                           .accumulate = false};
-        for (int m = 0; m < rows; ++m)
-            products.rows[m] =
-                row_of(static_cast<const char*>(args_.query), args_.query_strides, item, row + m);
+        for (int m = 0; m < rows; ++m) products.rows[m] = scratch.queries[row + m];
         multiply(products);
 
         // 2. Their weights, and what the new maximum does to the sums so far.
@@ -161,38 +180,37 @@ private:
                             .num_panels = panels_.num_value_panels(),
                             .num_rows = rows,
                             .num_keys = {},
-                            .is_first = is_first,
-                            .scale = args_.scale,
+                            .is_first = block.is_first,
+                            .scale = args_.scale * kLog2e,
                             .dtype = args_.cache.dtype};
         for (int m = 0; m < rows; ++m)
-            softmax.num_keys[m] = is_last ? num_keys(item, row + m) : kKvBlockSize;
+            softmax.num_keys[m] = block.is_last ? scratch.last_keys[row + m] : kKvBlockSize;
         table_.softmax(softmax);
 
         // 3. Weights times values. Pairs of positions, so an odd number of keys rounds up: the
         //    weight there is 0.
         products.k_dim = ceil_div(softmax.num_keys[rows - 1], 2) * 2;
-        products.accumulate = !is_first;
+        products.accumulate = !block.is_first;
         for (int m = 0; m < rows; ++m)
             products.rows[m] = reinterpret_cast<const char*>(scratch.weights) +
                                m * kPanelColumns * panels_.element_bytes;
         for (int panel = 0; panel < softmax.num_panels; ++panel) {
             products.panel = panel == softmax.num_panels - 1
-                                 ? last_panel
-                                 : values + panel * panels_.value_panel_bytes();
+                                 ? block.last_panel
+                                 : block.values + panel * panels_.value_panel_bytes();
             products.sums = scratch.output[panel] + row * kPanelColumns;
             multiply(products);
         }
     }
 
-    bool store(const Item& item, const Scratch& scratch) const {
+    bool store(int64_t num_rows, const Scratch& scratch) const {
         bool all_finite = true;
-        for (int64_t row = 0; row < item.count; ++row)
+        for (int64_t row = 0; row < num_rows; ++row)
             all_finite &= table_.attention_row({.output = scratch.output[0] + row * kPanelColumns,
                                                 .panel_stride = kMaxItemRows * kPanelColumns,
                                                 .sums = scratch.sums + row * 16,
                                                 .head_dim = args_.cache.head_dim,
-                                                .target = row_of(static_cast<char*>(args_.output),
-                                                                 args_.output_strides, item, row),
+                                                .target = scratch.targets[row],
                                                 .dtype = args_.cache.dtype});
         return all_finite;
     }

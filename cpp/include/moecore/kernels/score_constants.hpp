@@ -17,6 +17,10 @@ inline constexpr float kLn2Low = -2.12194440e-4f;
 inline constexpr float kExpPoly[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                       4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 
+// 2^x = 2^n * (1 + f * poly(f)), n = round(x), |f| <= 1/2: minimax in relative error, 4e-9.
+inline constexpr float kExp2Poly[6] = {1.546973197e-4f, 1.341000097e-3f, 9.618030783e-3f,
+                                       5.550297314e-2f, 2.402265108e-1f, 6.931472254e-1f};
+
 // log(u) = e * ln 2 + log(1 + f), 1 + f in [sqrt(1/2), sqrt(2)). Source: Cephes logf.
 inline constexpr int kSqrtHalfBits = 0x3f3504f3;
 inline constexpr float kLogPoly[9] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,

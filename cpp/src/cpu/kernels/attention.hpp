@@ -27,52 +27,80 @@ inline void mask_scores(F32x16 (&score)[kScoreVectors], int num_keys) {
     }
 }
 
-template <bool kBFloat16>
-void softmax_row(const SoftmaxTile& tile, int row) {
-    F32x16 score[kScoreVectors];
+inline void load_scores(const SoftmaxTile& tile, int row, F32x16 (&score)[kScoreVectors]) {
 #pragma GCC unroll 4
     for (int v = 0; v < kScoreVectors; ++v)
         score[v] = F32x16::load(tile.scores + row * kPanelColumns + v * kLanes);
     if (tile.num_keys[row] < kPanelColumns) mask_scores(score, tile.num_keys[row]);
+}
 
-    // The running maximum skips NaN, which then comes through exp.
-    float* sums = tile.sums + row * kLanes;
-    const float before = tile.is_first ? -__builtin_huge_valf() : tile.maxima[row];
-    const F32x16 largest =
-        max(max(score[0], F32x16::broadcast(before)),
-            max(score[1], max(score[2], max(score[3], F32x16::broadcast(before)))));
-    const float after = reduce_max(largest);
-    tile.maxima[row] = after;
+/// The largest score so far. It skips NaN, which then comes through 2^x.
+inline float new_maximum(const SoftmaxTile& tile, int row) {
+    F32x16 score[kScoreVectors];
+    load_scores(tile, row, score);
+    const auto before =
+        F32x16::broadcast(tile.is_first ? -__builtin_huge_valf() : tile.maxima[row]);
+    return reduce_max(
+        max(max(score[0], max(score[1], before)), max(score[2], max(score[3], before))));
+}
+
+/// Stores one row's weights and returns their sums.
+template <bool kBFloat16>
+F32x16 weigh_row(const SoftmaxTile& tile, int row, float maximum) {
+    F32x16 weight[kScoreVectors];
+    load_scores(tile, row, weight);
     const F32x16 scale = F32x16::broadcast(tile.scale);
-    const F32x16 shift = F32x16::broadcast(-(after * tile.scale));
+    const F32x16 shift = F32x16::broadcast(-(maximum * tile.scale));
 #pragma GCC unroll 4
     for (int v = 0; v < kScoreVectors; ++v) {
-        score[v] = exp(fma(score[v], scale, shift));
-        store_columns(score[v], kBFloat16 ? DType::kBFloat16 : DType::kFloat32, tile.weights,
-                      row * kPanelColumns + v * kLanes, kLanes);
+        weight[v] = exp2_to_normal(fma(weight[v], scale, shift));
+        const int offset = row * kPanelColumns + v * kLanes;
+        if constexpr (kBFloat16)
+            store_normal_bf16(weight[v], static_cast<uint16_t*>(tile.weights) + offset);
+        else
+            weight[v].store(static_cast<float*>(tile.weights) + offset);
     }
-    F32x16 sum = add(add(score[0], score[1]), add(score[2], score[3]));
-    if (tile.is_first) return sum.store(sums);
-    if (after == before) return add(F32x16::load(sums), sum).store(sums);
+    return add(add(weight[0], weight[1]), add(weight[2], weight[3]));
+}
 
-    // What has been added up so far had a smaller maximum taken off.
-    const F32x16 factor = exp(F32x16::broadcast(before * tile.scale - after * tile.scale));
-    fma(F32x16::load(sums), factor, sum).store(sums);
+/// What has been added up before had a smaller maximum taken off.
+inline F32x16 rescale_row(const SoftmaxTile& tile, int row, float before, float after) {
+    const F32x16 factor =
+        exp2_to_normal(F32x16::broadcast(before * tile.scale - after * tile.scale));
     for (int panel = 0; panel < tile.num_panels; ++panel) {
         float* output = tile.output + panel * tile.panel_stride + row * kPanelColumns;
 #pragma GCC unroll 4
         for (int v = 0; v < kScoreVectors; ++v)
             mul(F32x16::load(output + v * kLanes), factor).store(output + v * kLanes);
     }
+    return mul(F32x16::load(tile.sums + row * kLanes), factor);
+}
+
+template <bool kBFloat16>
+void softmax(const SoftmaxTile& tile) {
+    // 1. Maxima of all rows first: each is one long chain of dependent steps.
+    float maxima[kMaxTileRows];
+    for (int row = 0; row < tile.num_rows; ++row) maxima[row] = new_maximum(tile, row);
+
+    // 2. Weights and their sums.
+    for (int row = 0; row < tile.num_rows; ++row) {
+        F32x16 sum = weigh_row<kBFloat16>(tile, row, maxima[row]);
+        float* sums = tile.sums + row * kLanes;
+        if (!tile.is_first) {
+            const float before = tile.maxima[row];
+            sum = add(sum, maxima[row] == before ? F32x16::load(sums)
+                                                 : rescale_row(tile, row, before, maxima[row]));
+        }
+        sum.store(sums);
+        tile.maxima[row] = maxima[row];
+    }
 }
 
 inline void softmax_rows(const SoftmaxTile& tile) {
-    for (int row = 0; row < tile.num_rows; ++row) {
-        if (tile.dtype == DType::kBFloat16)
-            softmax_row<true>(tile, row);
-        else
-            softmax_row<false>(tile, row);
-    }
+    if (tile.dtype == DType::kBFloat16)
+        softmax<true>(tile);
+    else
+        softmax<false>(tile);
 }
 
 inline bool store_attention_row(const AttentionRow& row) {

@@ -16,7 +16,7 @@ constexpr int kPanelVectors = kPanelColumns / kLanes;
 /// Bytes of the panel to ask for ahead of use. Tiles of few rows run at memory speed and leave
 /// panels faster than the hardware prefetcher follows across 4 KiB pages.
 constexpr int kPrefetchBytes = 4096;
-constexpr int kPrefetchMaxRows = 4;
+constexpr int kPrefetchMaxRows = 0;
 
 template <int kRows, int kVectors>
 void load_sums(const GemmTile& tile, int first, __m512 (&sum)[kRows][kVectors]) {

@@ -33,6 +33,22 @@ inline F32x16 exp(F32x16 x) {
     return select(is_nan(x), x, p);
 }
 
+/// 2^x, but 0 where that is subnormal. Exactly 1 at 0; error < 1 ulp. REQUIRES: x is NaN or < 127.
+inline F32x16 exp2_to_normal(F32x16 x) {
+    using namespace score;
+    const auto c = [](float value) { return F32x16::broadcast(value); };
+    const Mask underflows = less(x, c(-126.0f));
+    const F32x16 shifted = add(x, c(kRoundMagic));
+    const F32x16 f = sub(x, sub(shifted, c(kRoundMagic)));
+    F32x16 p = c(kExp2Poly[0]);
+    for (int i = 1; i < 6; ++i) p = fma(p, f, c(kExp2Poly[i]));
+    p = fma(p, f, c(1.0f));
+    // The magic number's own bits leave by the shift.
+    static_assert(static_cast<uint32_t>(kRoundMagicBits) << 23 == 0);
+    const I32x16 scale = add(shift_left<23>(bits_of(shifted)), I32x16::broadcast(127 << 23));
+    return select(underflows, c(0.0f), mul(p, float_of_bits(scale)));
+}
+
 /// 1 / (1 + exp(-x))
 inline F32x16 sigmoid(F32x16 x) {
     const F32x16 one = F32x16::broadcast(1.0f);

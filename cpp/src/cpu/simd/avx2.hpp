@@ -80,6 +80,9 @@ struct F32x16 {
     }
 };
 
+/// store_bf16 for lanes that are normal, 0 or NaN.
+inline void store_normal_bf16(F32x16 x, uint16_t* p) { x.store_bf16(p); }
+
 inline F32x16 add(F32x16 a, F32x16 b) {
     return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
 }

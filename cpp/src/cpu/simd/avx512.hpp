@@ -50,6 +50,15 @@ struct F32x16 {
     }
 };
 
+/// store_bf16 for lanes that are normal, 0 or NaN: the bfloat16 instruction takes subnormals for 0.
+inline void store_normal_bf16(F32x16 x, uint16_t* p) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x.v));
+#else
+    x.store_bf16(p);
+#endif
+}
+
 inline F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F32x16 mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }

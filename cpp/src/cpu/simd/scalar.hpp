@@ -72,6 +72,9 @@ struct F32x16 {
     }
 };
 
+/// store_bf16 for lanes that are normal, 0 or NaN.
+inline void store_normal_bf16(F32x16 x, uint16_t* p) { x.store_bf16(p); }
+
 template <typename V, typename Fn>
 V map_lanes(Fn&& fn) {
     V r;
