@@ -17,9 +17,9 @@ constexpr int64_t kMaxRowsPerUnit = 240;  ///< a multiple of kMaxTileRows
 /// Plain weights are packed this much of K at a time, into a buffer that stays in cache.
 constexpr int64_t kPackedK = 512;
 
-/// Neighbouring panels go to one thread: the reads then run on from panel to panel, and what was
-/// prefetched past a panel's end is used. Enough ranges remain to even out threads' speeds.
-constexpr int64_t kRangesPerThread = 16;
+/// Work is handed out in this many ranges a thread: enough that threads of different speed end
+/// together. A thread's ranges are neighbours, so its reads run on from panel to panel.
+constexpr int64_t kRangesPerThread = 32;
 
 /// Rows begin .. begin + count - 1 of one group, for every panel.
 struct RowBlock {

@@ -13,11 +13,6 @@ namespace {
 
 constexpr int kPanelVectors = kPanelColumns / kLanes;
 
-/// Bytes of the panel to ask for ahead of use. Tiles of few rows run at memory speed and leave
-/// panels faster than the hardware prefetcher follows across 4 KiB pages.
-constexpr int kPrefetchBytes = 4096;
-constexpr int kPrefetchMaxRows = 0;
-
 template <int kRows, int kVectors>
 void load_sums(const GemmTile& tile, int first, __m512 (&sum)[kRows][kVectors]) {
 #pragma GCC unroll 6
@@ -55,12 +50,7 @@ void tile_f32(const GemmTile& tile) {
     for (int64_t k = 0; k < tile.k_dim; ++k, line += kPanelColumns) {
         __m512 w[kPanelVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kPanelVectors; ++v) {
-            w[v] = _mm512_loadu_ps(line + v * kLanes);
-            if constexpr (kRows <= kPrefetchMaxRows)
-                _mm_prefetch(reinterpret_cast<const char*>(line + v * kLanes) + kPrefetchBytes,
-                             _MM_HINT_T0);
-        }
+        for (int v = 0; v < kPanelVectors; ++v) w[v] = _mm512_loadu_ps(line + v * kLanes);
 #pragma GCC unroll 6
         for (int m = 0; m < kRows; ++m) {
             const __m512 x = _mm512_set1_ps(row[m][k]);

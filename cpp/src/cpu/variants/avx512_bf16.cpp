@@ -16,17 +16,13 @@
 namespace moecore::cpu {
 namespace {
 
-template <int kRows, bool kPrefetch>
+template <int kRows>
 void add_pairs(const uint16_t* line, const int32_t (&pair)[kRows],
                __m512 (&sum)[kRows][kPanelVectors]) {
     __m512bh w[kPanelVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) {
+    for (int v = 0; v < kPanelVectors; ++v)
         w[v] = (__m512bh)_mm512_loadu_si512(line + 2 * v * kLanes);
-        if constexpr (kPrefetch)
-            _mm_prefetch(reinterpret_cast<const char*>(line + 2 * v * kLanes) + kPrefetchBytes,
-                         _MM_HINT_T0);
-    }
 #pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
         const __m512bh x = (__m512bh)_mm512_set1_epi32(pair[m]);
@@ -47,11 +43,11 @@ void tile_bf16(const GemmTile& tile) {
     for (; k + 1 < tile.k_dim; k += 2, line += 2 * kPanelColumns) {
 #pragma GCC unroll 6
         for (int m = 0; m < kRows; ++m) __builtin_memcpy(&pair[m], row[m] + k, sizeof pair[m]);
-        add_pairs<kRows, kRows <= kPrefetchMaxRows>(line, pair, sum);
+        add_pairs<kRows>(line, pair, sum);
     }
     if (k < tile.k_dim) {
         for (int m = 0; m < kRows; ++m) pair[m] = load_pair(row[m] + k, false);
-        add_pairs<kRows, false>(line, pair, sum);
+        add_pairs<kRows>(line, pair, sum);
     }
     store_sums<kRows, kPanelVectors>(tile, 0, sum);
 }
