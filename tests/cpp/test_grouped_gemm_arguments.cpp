@@ -108,6 +108,11 @@ void test_linear_names_the_bad_argument() {
     reversed.strides[0] = -4;
     short_rows.strides[0] = -1;
     bad(input.view({12}), w, b, y, "input must");
+    // 2^62 rows of the same memory: the number of elements is no int64_t.
+    TensorView endless = x, endless_output = y;
+    endless.shape[0] = endless_output.shape[0] = int64_t{1} << 62;
+    endless.strides[0] = endless_output.strides[0] = 0;
+    bad(endless, w, b, endless_output, "input must have contiguous rows");
     bad(on_other_device(x), w, b, y, "weight must be on cuda:0, got cpu");
     bad(x, weight.view({1, 5, 4}), b, y, "weight must");
     bad(x, {}, b, y, "weight must have shape [any, any, any], got");

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <functional>
+#include <limits>
 
 #include "moecore/moe_layer.hpp"
 #include "moecore/threads.hpp"
@@ -239,6 +240,8 @@ void test_layer_names_the_bad_argument() {
     bad([](auto& c, auto&) { c.shared_intermediate_size = -1; }, "shared_intermediate_size must");
     bad([](auto& c, auto&) { c.shared_intermediate_size = 0; }, "shared_intermediate_size must");
     bad([](auto& c, auto&) { c.first_expert = 1; }, "first_expert and num_local_experts must");
+    bad([](auto& c, auto&) { c.first_expert = std::numeric_limits<int>::max(); },
+        "first_expert and num_local_experts must");
     bad([](auto& c, auto&) { c.dtype = DType::kInt32; }, "dtype must");
     bad([](auto& c, auto&) { c.activation = {}; }, "activation must");
     bad([](auto& c, auto&) { c.routing.top_k = 6; }, "top_k must");
@@ -316,6 +319,12 @@ void test_layer_names_the_bad_argument() {
     bad_call(x, l, changed(y, reverse), "output must");
     bad_call(x, l, changed(y, [](auto& v) { v.dtype = DType::kBFloat16; }), "output must");
     bad_call(x, l, x, "output must not overlap hidden_states");
+    bad_call(x, TensorView(output.data(), kF32, {3, 5}), y,
+             "output must not overlap router_logits");
+    bad_call(x, l, TensorView(sample.down_bias.data(), kF32, {3, kHidden}),
+             "output must not overlap down_bias");
+    bad_call(x, l, TensorView(sample.shared_down.data(), kF32, {3, kHidden}),
+             "output must not overlap shared_down");
     bad_call(x, l, on_other_device(y), "must be on cuda:0");
     bad_call(on_other_device(x), l, y, "must be on cuda:0");
     bad_call(x, on_other_device(l), y, "must be on cuda:0");

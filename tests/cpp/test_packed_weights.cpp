@@ -20,6 +20,8 @@ void test_packed_weights_name_the_bad_argument() {
     bad_size(kF32, 1, 0, 1, false, "n must");
     bad_size(kF32, 1, 3, 1, true, "n must");
     bad_size(kF32, 1, 1, 0, false, "k_dim must");
+    bad_size(kF32, 1, int64_t{1} << 32, int64_t{1} << 32, false, "num_groups * n * k_dim must");
+    bad_size(kF32, int64_t{1} << 40, 64, 1 << 20, false, "num_groups * n * k_dim must");
     bool unsupported = false;
     try {
         PackedWeights(kF32, 1, 1, 1, false, kOtherDevice);

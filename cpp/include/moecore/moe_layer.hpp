@@ -48,6 +48,9 @@ public:
     /// Workspace bytes for any routing of up to `max_tokens` tokens.
     size_t workspace_bytes(int64_t max_tokens) const;
 
+    /// Throws what forward would throw of these two, so that a workspace can be sized by their T.
+    void check_call(const TensorView& hidden_states, const TensorView& output) const;
+
     /// output = the layer's output for T tokens; T may be 0. Takes from `workspace` and resets it.
     /// hidden_states [T, H] of config.dtype, router_logits [T, E] float32 or bfloat16,
     /// output [T, H] of config.dtype, overlapping nothing else.

@@ -37,8 +37,9 @@ struct TensorView {
     TensorView(void* data, DType dtype, std::initializer_list<int64_t> shape, Device device = {});
 
     bool defined() const { return rank >= 0; }
-    int64_t num_elements() const;
-    bool is_contiguous() const;  ///< C order; dimensions of size 1 may have any stride
+    int64_t num_elements() const;  ///< at most INT64_MAX: an expanded view may claim more
+    bool is_empty() const;         ///< a dimension of size 0
+    bool is_contiguous() const;    ///< C order; dimensions of size 1 may have any stride
     template <typename T>
     T* as() const {
         return static_cast<T*>(data);

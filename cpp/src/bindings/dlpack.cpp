@@ -87,7 +87,20 @@ TensorView to_view(const dlpack::Tensor& tensor, const char* op, const char* nam
         view.strides[i] = tensor.strides ? tensor.strides[i] : stride;
         stride *= view.shape[i];
     }
+    // A tensor that only pretends to be on its device, such as torch's FakeTensor.
+    require(tensor.data != nullptr || view.is_empty(), op, ": ", name,
+            " must have memory, got none for ", to_string(view));
     return view;
+}
+
+/// What an exporter's exception says, without the stack that torch appends, as an error that names
+/// the argument.
+[[noreturn]] void throw_not_exported(py::error_already_set& error, py::handle object,
+                                     const char* op, const char* name) {
+    const std::string message = py::str(error.value());
+    throw InvalidArgument(
+        concat(op, ": ", name, " must be a dense tensor on the CPU or a CUDA device, got ",
+               Py_TYPE(object.ptr())->tp_name, " (", message.substr(0, message.find('\n')), ")"));
 }
 
 [[noreturn]] void throw_not_a_tensor(py::handle object, const char* op, const char* name) {
@@ -105,7 +118,10 @@ TensorArg::TensorArg(py::handle object, const char* op, const char* name, bool o
     }
     if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
         dlpack::Tensor tensor;
-        if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+        if (api->tensor_from_object(object.ptr(), &tensor) != 0) {
+            py::error_already_set error;
+            throw_not_exported(error, object, op, name);
+        }
         view_ = to_view(tensor, op, name);
         if (view_.device.type == DeviceType::kCuda && api->current_stream != nullptr &&
             api->current_stream(dlpack::kCuda, view_.device.index, &stream_.handle) != 0)
@@ -113,7 +129,12 @@ TensorArg::TensorArg(py::handle object, const char* op, const char* name, bool o
         return;
     }
     if (!py::hasattr(object, "__dlpack__")) throw_not_a_tensor(object, op, name);
-    py::capsule capsule = object.attr("__dlpack__")();
+    py::capsule capsule;
+    try {
+        capsule = object.attr("__dlpack__")();
+    } catch (py::error_already_set& error) {
+        throw_not_exported(error, object, op, name);
+    }
     if (capsule.name() == std::string("dltensor_versioned")) {
         auto* managed = capsule.get_pointer<dlpack::ManagedTensorVersioned>();
         view_ = to_view(managed->tensor, op, name);

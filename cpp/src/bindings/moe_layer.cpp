@@ -23,7 +23,7 @@ public:
         const TensorArg x(hidden_states, kOp, "hidden_states");
         const TensorArg logits(router_logits, kOp, "router_logits");
         const TensorArg out(output, kOp, "output");
-        run(x, [&] { layer_.forward(x, logits, out, workspace_, x.current_stream()); });
+        run(x, out, [&] { layer_.forward(x, logits, out, workspace_, x.current_stream()); });
     }
 
     void forward_routed(py::handle hidden_states, py::handle topk_ids, py::handle topk_weights,
@@ -32,7 +32,7 @@ public:
         const TensorArg ids(topk_ids, kOp, "topk_ids");
         const TensorArg weights(topk_weights, kOp, "topk_weights");
         const TensorArg out(output, kOp, "output");
-        run(x,
+        run(x, out,
             [&] { layer_.forward_routed(x, ids, weights, out, workspace_, x.current_stream()); });
     }
 
@@ -40,11 +40,11 @@ private:
     static constexpr const char* kOp = "MoELayer";
 
     template <typename Fn>
-    void run(const TensorView& hidden_states, Fn&& fn) {
+    void run(const TensorView& hidden_states, const TensorView& output, Fn&& fn) {
         py::gil_scoped_release release;
         const std::lock_guard lock(mutex_);
-        const int64_t num_tokens = hidden_states.rank > 0 ? hidden_states.shape[0] : 0;
-        workspace_.grow(layer_.workspace_bytes(num_tokens));
+        layer_.check_call(hidden_states, output);
+        workspace_.grow(layer_.workspace_bytes(hidden_states.shape[0]));
         fn();
     }
 

@@ -66,7 +66,7 @@ void Check::contiguous(const char* name, const TensorView& view) const {
 }
 
 void Check::rows_contiguous(const char* name, const TensorView& view) const {
-    if (view.num_elements() == 0) return;
+    if (view.is_empty()) return;
     const int last = view.rank - 1;
     bool holds = view.shape[last] == 1 || view.strides[last] == 1;
     int64_t extent = view.shape[last];  // elements that one step of the next dimension must clear
@@ -87,7 +87,7 @@ void Check::matrix_strides(const char* name, const TensorView& view) const {
     bool holds =
         view.strides[k] == 1 || view.strides[n] == 1 || view.shape[n] == 1 || view.shape[k] == 1;
     for (int i = 0; i < view.rank; ++i) holds = holds && view.strides[i] >= 0;
-    if (!holds && view.num_elements() > 0)
+    if (!holds && !view.is_empty())
         that(false, name,
              " must have one of their last two dimensions contiguous and no negative stride, got "
              "strides ",
@@ -100,7 +100,7 @@ void Check::device(const char* name, const TensorView& view, Device expected) co
 }
 
 bool overlap(const TensorView& a, const TensorView& b) {
-    if (a.num_elements() == 0 || b.num_elements() == 0 || !(a.device == b.device)) return false;
+    if (a.is_empty() || b.is_empty() || !(a.device == b.device)) return false;
     const ByteRange range_a = byte_range(a), range_b = byte_range(b);
     if (range_a.end <= range_b.begin || range_b.end <= range_a.begin) return false;
     // Column slices of one matrix interleave without sharing a byte.

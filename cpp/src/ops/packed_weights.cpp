@@ -24,6 +24,13 @@ cpu::PanelLayout checked_layout(DType dtype, int64_t num_groups, int64_t n, int6
     kCheck.that(num_groups >= 1, "num_groups must be >= 1, got ", num_groups);
     kCheck.that(n >= 1 && (!gated || n % 2 == 0), "n must be >= 1, and even if gated, got ", n);
     kCheck.that(k_dim >= 1, "k_dim must be >= 1, got ", k_dim);
+    // Of any machine's memory; sizes and offsets in bytes then fit 64 bits with room to spare.
+    constexpr double kMaxElements = 0x1p48;
+    const double elements =
+        static_cast<double>(num_groups) * static_cast<double>(n) * static_cast<double>(k_dim);
+    kCheck.that(elements <= kMaxElements && n <= kMaxElements / 64 && k_dim <= kMaxElements / 64,
+                "num_groups * n * k_dim must be at most 2^48, got ", num_groups, " * ", n, " * ",
+                k_dim);
     if (device.type != DeviceType::kCpu)
         throw UnsupportedError("PackedWeights: " + to_string(device) +
                                " has no packed kernels; pass plain weights");

@@ -1,5 +1,7 @@
 #include "moecore/moe_layer.hpp"
 
+#include <utility>
+
 #include "moecore/combine.hpp"
 #include "moecore/sort_by_expert.hpp"
 #include "ops/check.hpp"
@@ -60,7 +62,7 @@ void check_sizes(const MoEConfig& config) {
     kCheck.that(config.shared_intermediate_size >= 0, "shared_intermediate_size must be >= 0, got ",
                 config.shared_intermediate_size);
     kCheck.that(config.first_expert >= 0 && config.num_local_experts >= 1 &&
-                    config.first_expert + config.num_local_experts <= config.num_experts,
+                    int64_t{config.first_expert} + config.num_local_experts <= config.num_experts,
                 "first_expert and num_local_experts must give a range within the ",
                 config.num_experts, " experts, got ", config.first_expert, " and ",
                 config.num_local_experts);
@@ -104,6 +106,27 @@ MoELayer::MoELayer(const MoEConfig& config, const MoEWeights& weights)
     }
 }
 
+void MoELayer::check_call(const TensorView& hidden_states, const TensorView& output) const {
+    kCheck.shape("hidden_states", hidden_states, {Check::kAny, config_.hidden_size});
+    kCheck.dtype("hidden_states", hidden_states, {config_.dtype});
+    kCheck.rows_contiguous("hidden_states", hidden_states);
+    kCheck.shape("output", output, {hidden_states.shape[0], config_.hidden_size});
+    kCheck.dtype("output", output, {config_.dtype});
+    kCheck.rows_contiguous("output", output);
+    const std::pair<const char*, const TensorView*> inputs[] = {
+        {"hidden_states", &hidden_states},
+        {"gate_up", &weights_.gate_up.plain},
+        {"down", &weights_.down.plain},
+        {"gate_up_bias", &weights_.gate_up_bias},
+        {"down_bias", &weights_.down_bias},
+        {"selection_bias", &weights_.selection_bias},
+        {"shared_gate_up", &weights_.shared_gate_up.plain},
+        {"shared_down", &weights_.shared_down.plain},
+        {"shared_gate", &weights_.shared_gate},
+    };
+    for (const auto& [name, input] : inputs) kCheck.no_overlap("output", output, name, *input);
+}
+
 size_t MoELayer::workspace_bytes(int64_t max_tokens) const {
     const auto bytes = Workspace::bytes_for;
     const int64_t rows = max_tokens * config_.routing.top_k;
@@ -121,9 +144,10 @@ size_t MoELayer::workspace_bytes(int64_t max_tokens) const {
 
 void MoELayer::forward(const TensorView& hidden_states, const TensorView& router_logits,
                        const TensorView& output, Workspace& workspace, Stream stream) const {
-    kCheck.shape("hidden_states", hidden_states, {Check::kAny, config_.hidden_size});
+    check_call(hidden_states, output);
     const int64_t num_tokens = hidden_states.shape[0];
     kCheck.shape("router_logits", router_logits, {num_tokens, config_.num_experts});
+    kCheck.no_overlap("output", output, "router_logits", router_logits);
     workspace.reset();
     const int64_t top_k = config_.routing.top_k;
     const TensorView topk_ids = workspace.take(DType::kInt32, {num_tokens, top_k});
@@ -136,8 +160,9 @@ void MoELayer::forward(const TensorView& hidden_states, const TensorView& router
 void MoELayer::forward_routed(const TensorView& hidden_states, const TensorView& topk_ids,
                               const TensorView& topk_weights, const TensorView& output,
                               Workspace& workspace, Stream stream) const {
-    kCheck.shape("hidden_states", hidden_states, {Check::kAny, config_.hidden_size});
+    check_call(hidden_states, output);
     kCheck.shape("topk_ids", topk_ids, {hidden_states.shape[0], config_.routing.top_k});
+    kCheck.no_overlap("output", output, "topk_ids", topk_ids);
     workspace.reset();
     run_experts(hidden_states, topk_ids, topk_weights, output, workspace, stream);
 }
@@ -145,12 +170,6 @@ void MoELayer::forward_routed(const TensorView& hidden_states, const TensorView&
 void MoELayer::run_experts(const TensorView& hidden_states, const TensorView& topk_ids,
                            const TensorView& topk_weights, const TensorView& output,
                            Workspace& workspace, Stream stream) const {
-    kCheck.dtype("hidden_states", hidden_states, {config_.dtype});
-    kCheck.dtype("output", output, {config_.dtype});
-    kCheck.shape("output", output, {hidden_states.shape[0], config_.hidden_size});
-    kCheck.no_overlap("output", output, "hidden_states", hidden_states);
-    kCheck.no_overlap("output", output, "gate_up", weights_.gate_up.plain);
-    kCheck.no_overlap("output", output, "down", weights_.down.plain);
     const int64_t num_slots = topk_ids.num_elements();
     const int top_k = config_.routing.top_k;
 

@@ -1,5 +1,8 @@
 #include "moecore/tensor_view.hpp"
 
+#include <algorithm>
+#include <limits>
+
 #include "moecore/error.hpp"
 
 namespace moecore {
@@ -21,13 +24,21 @@ TensorView::TensorView(void* data, DType dtype, std::initializer_list<int64_t> s
 }
 
 int64_t TensorView::num_elements() const {
+    if (is_empty()) return 0;
     int64_t count = 1;
-    for (int i = 0; i < rank; ++i) count *= shape[i];
+    for (int i = 0; i < rank; ++i)
+        if (__builtin_mul_overflow(count, shape[i], &count))
+            return std::numeric_limits<int64_t>::max();
     return count;
 }
 
+bool TensorView::is_empty() const {
+    return std::find(shape.begin(), shape.begin() + std::max(rank, 0), 0) !=
+           shape.begin() + std::max(rank, 0);
+}
+
 bool TensorView::is_contiguous() const {
-    if (num_elements() == 0) return true;
+    if (is_empty()) return true;
     int64_t stride = 1;
     for (int i = rank - 1; i >= 0; --i) {
         if (shape[i] > 1 && strides[i] != stride) return false;
