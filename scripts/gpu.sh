@@ -15,7 +15,8 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
 echo "== tests"
 "$python" -m pytest -q -p no:cacheprovider tests/test_topk_routing.py tests/test_sort_by_expert.py \
-    tests/test_grouped_gemm.py tests/test_combine.py tests/test_moe_layer.py tests/test_devices.py
+    tests/test_grouped_gemm.py tests/test_combine.py tests/test_moe_layer.py tests/test_devices.py \
+    tests/test_embedding.py tests/test_rms_norm.py tests/test_rotary_embedding.py
 
 echo "== compute-sanitizer"
 for tool in memcheck racecheck synccheck initcheck; do

@@ -33,6 +33,13 @@ def main() -> None:
             x = torch.randn(num_tokens, hidden).to(dtype).cuda()
             logits = torch.randn(num_tokens, experts).cuda()
             assert layer(x, logits).isfinite().all()
+            residual = torch.zeros_like(x)
+            assert ops.rms_norm(x, x.new_ones(hidden), 1e-6, residual=residual).isfinite().all()
+            heads = residual.unflatten(1, (7, 10))
+            positions = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
+            table = torch.ones(80, 8, device="cuda")
+            assert ops.rotary_embedding(heads, positions, table).isfinite().all()
+            assert ops.embedding(positions % experts, gate_up[:, 0]).isfinite().all()
     torch.cuda.synchronize()
 
 
