@@ -117,6 +117,18 @@ def test_the_output_rounds_once_to_its_own_dtype(device, dtype, out_dtype):
     assert_same_bits(out, emulated(**problem, out_dtype=out_dtype))
 
 
+@DTYPES
+def test_subnormal_sums_are_kept(device, dtype):
+    problem = make_problem(5, 2, 40, dtype)
+    # A whole row of subnormals, and some among normal numbers.
+    problem["expert_rows"] = (problem["expert_rows"] * 2.0**-128).to(dtype)
+    problem["expert_rows"][:, 20:] = 1.0
+    problem["expert_rows"][:, 36] = 2.0**-130
+    got = ops.combine(**on(device, problem)).cpu()
+    assert_same_bits(got, emulated(**problem))
+    assert got[:, :16].abs().amax() > 0
+
+
 def test_rows_and_outputs_may_be_slices_of_wider_matrices(device):
     problem = make_problem(9, 2, 40, torch.float32)
     arguments = on(device, problem)

@@ -1,4 +1,5 @@
-"""Every instruction set of this processor: routing equal in bits, layers equal in tolerance."""
+"""Every instruction set of this processor: routing, norms and rotations equal in bits, products in
+tolerance."""
 
 import os
 import subprocess
@@ -10,8 +11,8 @@ import torch
 import moecore
 import oracle
 
-# Saves, for each dtype: ids and weights of some routings, and the layer's output from plain and
-# from prepared weights.
+# Saves, for each dtype: ids and weights of some routings, the layer's output from plain and from
+# prepared weights, norms and rotations, and the attention of one sequence.
 SCRIPT = """
 import sys
 import torch
@@ -43,6 +44,22 @@ for dtype in (torch.float32, torch.bfloat16):
         "prepared": moecore.MoELayer(*prepared, config)(x, logits),
         "layer": (x, *routed, gate_up, down),
     }
+    rows = randn(5, 3, 100, seed=6).to(dtype)
+    residual = randn(5, 3, 100, seed=7).to(dtype)
+    normed = ops.rms_norm(rows, randn(100, seed=8), 1e-6, residual=residual)
+    turned = [
+        ops.rotary_embedding(
+            rows.clone(), torch.arange(5).int(), randn(5, 90, seed=9), interleaved=interleaved
+        )
+        for interleaved in (False, True)
+    ]
+    result[dtype]["norms"] = torch.stack([normed, residual, *turned])
+    qkv = tuple(randn(70, heads, 80, seed=heads).to(dtype) for heads in (6, 2, 2))
+    caches = [torch.full((2, 2, 64 * 80), float("nan"), dtype=dtype) for _ in range(2)]
+    batch = [torch.tensor(x, dtype=torch.int32) for x in ([0, 70], [70], [[1, 0]])]
+    ops.write_kv_cache(*qkv[1:], *caches, *batch)
+    result[dtype]["qkv"] = qkv
+    result[dtype]["attention"] = ops.paged_attention(qkv[0], *caches, *batch, scale=0.1)
 torch.save(result, sys.argv[1])
 """
 
@@ -100,6 +117,21 @@ def test_layer_is_right_on_every_instruction_set(results, isa, dtype):
 def test_prepared_weights_have_the_same_bits_on_every_instruction_set(results, isa, dtype):
     got = results[isa][dtype]
     assert torch.equal(oracle.bits(got["plain"]), oracle.bits(got["prepared"]))
+
+
+@ISAS
+@DTYPES
+def test_norms_and_rotations_have_the_same_bits_on_every_instruction_set(results, isa, dtype):
+    got, want = results[isa][dtype]["norms"], results["scalar"][dtype]["norms"]
+    assert torch.equal(oracle.bits(got), oracle.bits(want))
+
+
+@ISAS
+@DTYPES
+def test_attention_is_right_on_every_instruction_set(results, isa, dtype):
+    got = results[isa][dtype]
+    want, error = oracle.attention(*got["qkv"], 0.1)
+    assert ((got["attention"].double() - want).abs() <= error).all()
 
 
 def test_an_unknown_instruction_set_is_named_with_the_known_ones():

@@ -72,6 +72,41 @@ def test_the_layer_agrees_between_the_cpu_and_the_gpu_and_replays_in_a_cuda_grap
 
 
 @needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 63, 64, 100, 1024])
+def test_norms_have_the_same_bits_on_the_cpu_and_the_gpu(width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    x, residual = torch.randn(2, 33, width, generator=generator).to(dtype)
+    weight = torch.randn(width, generator=generator)
+    stream = residual.cuda()
+    got = ops.rms_norm(x.cuda(), weight.cuda(), 1e-6, residual=stream)
+    assert torch.equal(got.cpu(), ops.rms_norm(x, weight, 1e-6, residual=residual))
+    assert torch.equal(stream.cpu(), residual)
+
+
+@needs_cuda
+def test_what_lies_outside_a_table_is_nan_on_the_gpu():
+    ids = torch.tensor([0, -1, 3, 2**31 - 1], dtype=torch.int32, device="cuda")
+    for index in (ids, ids.long()):
+        got = ops.embedding(index, torch.ones(4, 1100, device="cuda"))
+        assert got.isnan().all(dim=1).tolist() == [False, True, False, True]
+    x = torch.ones(4, 2, 8, device="cuda")
+    ops.rotary_embedding(x, ids, torch.ones(4, 6, device="cuda"))
+    assert x[..., :6].isnan().all(dim=2)[:, 0].tolist() == [False, True, False, True]
+    assert x[..., 6:].eq(1).all()
+
+
+@needs_cuda
+def test_attention_on_the_gpu_names_torchs():
+    cache, rows = torch.zeros(1, 1, 512, device="cuda"), torch.zeros(1, 1, 8, device="cuda")
+    batch = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 1], [1], [[0]])]
+    with pytest.raises(moecore.UnsupportedError, match="scaled_dot_product_attention"):
+        ops.paged_attention(rows, cache, cache.clone(), *batch, scale=1.0)
+    with pytest.raises(moecore.UnsupportedError, match="scaled_dot_product_attention"):
+        ops.write_kv_cache(rows, rows, cache, cache.clone(), *batch)
+
+
+@needs_cuda
 def test_tensors_on_two_devices_are_refused():
     with pytest.raises(ValueError, match=r"bias must be on cuda:0, got cpu"):
         ops.linear(torch.ones(2, 4).cuda(), torch.ones(3, 4).cuda(), torch.ones(3))

@@ -219,9 +219,6 @@ def paged_attention(
     return out
 
 
-def _new_like(tensor: Tensor) -> Tensor:
-    """A contiguous output for `tensor`; for no tensor an empty one, and the core names what is."""
-    like: object = tensor
-    if not isinstance(like, Tensor):
-        return torch.empty(0)
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+def _new_like(tensor: object) -> Tensor:
+    """An output for `tensor`; for no tensor an empty one, and the core names what it is."""
+    return torch.empty_like(tensor) if isinstance(tensor, Tensor) else torch.empty(0)
