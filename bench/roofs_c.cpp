@@ -10,7 +10,11 @@ extern "C" {
     return probe.read_gbps();
 }
 
-[[gnu::visibility("default")]] double moecore_matmul_gflops() { return moecore::bench::matmul_gflops(true); }
+[[gnu::visibility("default")]] double moecore_matmul_gflops() {
+    return moecore::bench::matmul_gflops(true);
+}
 
-[[gnu::visibility("default")]] void moecore_set_threads(int threads) { moecore::set_num_threads(threads); }
+[[gnu::visibility("default")]] void moecore_set_threads(int threads) {
+    moecore::set_num_threads(threads);
+}
 }
