@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, nvcc, torch, pybind11 and scikit-build-core: builds the wheel,
 # runs the tests on the CPU and the GPU, the bundled model, and every kernel under compute-sanitizer.
-# Needs no network. Usage: scripts/gpu.sh [OUTPUT FOLDER]
+# Needs no network. Usage: scripts/gpu.sh [OUTPUT FOLDER [PYTEST ARGS]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu}
+[ $# -gt 0 ] && shift
 mkdir -p "$out"
+status=0
 python=${PYTHON:-python3}
 
 echo "== build"
@@ -14,7 +16,7 @@ time "$python" -m pip install --quiet --no-build-isolation --no-deps . --config-
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
 echo "== tests"
-"$python" -m pytest -q -p no:cacheprovider
+"$python" -m pytest -q -p no:cacheprovider "$@" || status=1
 
 echo "== the bundled model"
 for device in cpu cuda; do
@@ -27,3 +29,4 @@ for tool in memcheck racecheck synccheck initcheck; do
     printf '%s: ' "$tool"
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tests/gpu_smoke.py 2>&1 | tail -1
 done
+exit "$status"

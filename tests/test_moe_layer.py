@@ -79,7 +79,7 @@ def prepare(weights, activation):
 
 def make_layer(weights, *, device="cpu", activation=SWIGLU, routing=None, **kwargs):
     weights = {
-        name: weight.to(device) if isinstance(weight, torch.Tensor) else weight
+        name: weight.to(device) if device and isinstance(weight, torch.Tensor) else weight
         for name, weight in weights.items()
     }
     routing = ops.RoutingConfig(top_k=TOP_K, **(routing or {}))
@@ -290,7 +290,7 @@ def test_a_weight_on_another_device_is_named(name):
     weights = make_weights(torch.float32, OPTIONAL)
     weights[name] = weights[name].cuda()
     with pytest.raises(ValueError, match=f"MoELayer: {name} must be on cpu, got cuda:0"):
-        make_layer(weights)
+        make_layer(weights, device=None)
 
 
 def test_prepared_weights_must_be_gated_where_the_layer_is():
