@@ -73,6 +73,39 @@ class MoELayer:
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, output: Tensor
     ) -> None: ...
 
+class Activations:
+    def __init__(
+        self,
+        *,
+        residual: Tensor,
+        normed: Tensor,
+        delta: Tensor,
+        qkv: Tensor,
+        attended: Tensor,
+        router_logits: Tensor | None = None,
+        inner: Tensor | None = None,
+    ) -> None: ...
+
+class DecoderLayer:
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        rms_norm_eps: float,
+        qk_norm: str,
+        dtype: str,
+        weights: dict[str, Tensor | PackedWeights | MoELayer | None],
+    ) -> None: ...
+    def before_attention(
+        self, activations: Activations, positions: Tensor, cos_sin: Tensor, is_first: bool
+    ) -> None: ...
+    def project_qkv(self, activations: Activations, is_first: bool) -> None: ...
+    def after_attention(self, activations: Activations) -> None: ...
+
 def build_info() -> dict[str, Any]: ...
 def set_num_threads(num_threads: int) -> None: ...
 def num_threads() -> int: ...

@@ -37,6 +37,9 @@ class MoELayer:
         shared_down: see shared_gate_up.
         shared_gate: [1, H]: scales the shared output by sigmoid(x @ shared_gate.T) (Qwen2-MoE).
 
+    Attributes:
+        native: the layer as a decoder layer of the core takes it.
+
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; the message names the weight.
 
@@ -74,7 +77,7 @@ class MoELayer:
             "shared_down": shared_down,
             "shared_gate": shared_gate,
         }
-        self._layer = _core.MoELayer(
+        self.native = _core.MoELayer(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             num_experts=num_local_experts if num_experts is None else num_experts,
@@ -104,7 +107,7 @@ class MoELayer:
             ValueError: a shape, dtype, stride or device does not hold; the message names it.
         """
         out = torch.empty_like(hidden_states) if out is None else out
-        self._layer.forward(hidden_states, router_logits, out)
+        self.native.forward(hidden_states, router_logits, out)
         return out
 
     def forward_routed(
@@ -130,5 +133,5 @@ class MoELayer:
             ValueError: a shape, dtype, stride or device does not hold; the message names it.
         """
         out = torch.empty_like(hidden_states) if out is None else out
-        self._layer.forward_routed(hidden_states, topk_ids, topk_weights, out)
+        self.native.forward_routed(hidden_states, topk_ids, topk_weights, out)
         return out

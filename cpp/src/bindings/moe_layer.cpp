@@ -1,91 +1,56 @@
-#include "moecore/moe_layer.hpp"
+#include "bindings/moe_layer.hpp"
 
 #include <memory>
-#include <mutex>
-
-#include "bindings/ops.hpp"
 
 namespace py = pybind11;
 
 namespace moecore::bindings {
 namespace {
+constexpr const char* kOp = "MoELayer";
+}
 
-/// A MoELayer with what Python cannot lend it call by call: references to its weights, and scratch
-/// memory that grows to the largest T seen. One call at a time; concurrent callers wait.
-class PyMoELayer {
-public:
-    PyMoELayer(const MoEConfig& config, py::dict weights)
-        : weights_(std::move(weights)),
-          layer_(config, views()),
-          workspace_(device_, layer_.workspace_bytes(1)) {}
+PyMoELayer::PyMoELayer(const MoEConfig& config, py::dict weights)
+    : weights_(kOp, std::move(weights)), layer_(config, views()), workspace_(device_, 0) {}
 
-    void forward(py::handle hidden_states, py::handle router_logits, py::handle output) {
-        const TensorArg x(hidden_states, kOp, "hidden_states");
-        const TensorArg logits(router_logits, kOp, "router_logits");
-        const TensorArg out(output, kOp, "output");
-        run(x, out, [&] { layer_.forward(x, logits, out, workspace_, x.current_stream()); });
-    }
+void PyMoELayer::forward(py::handle hidden_states, py::handle router_logits, py::handle output) {
+    const TensorArg x(hidden_states, kOp, "hidden_states");
+    const TensorArg logits(router_logits, kOp, "router_logits");
+    const TensorArg out(output, kOp, "output");
+    run(x, out, [&] { layer_.forward(x, logits, out, workspace_, x.current_stream()); });
+}
 
-    void forward_routed(py::handle hidden_states, py::handle topk_ids, py::handle topk_weights,
-                        py::handle output) {
-        const TensorArg x(hidden_states, kOp, "hidden_states");
-        const TensorArg ids(topk_ids, kOp, "topk_ids");
-        const TensorArg weights(topk_weights, kOp, "topk_weights");
-        const TensorArg out(output, kOp, "output");
-        run(x, out,
-            [&] { layer_.forward_routed(x, ids, weights, out, workspace_, x.current_stream()); });
-    }
+void PyMoELayer::forward_routed(py::handle hidden_states, py::handle topk_ids,
+                                py::handle topk_weights, py::handle output) {
+    const TensorArg x(hidden_states, kOp, "hidden_states");
+    const TensorArg ids(topk_ids, kOp, "topk_ids");
+    const TensorArg weights(topk_weights, kOp, "topk_weights");
+    const TensorArg out(output, kOp, "output");
+    run(x, out,
+        [&] { layer_.forward_routed(x, ids, weights, out, workspace_, x.current_stream()); });
+}
 
-private:
-    static constexpr const char* kOp = "MoELayer";
+template <typename Fn>
+void PyMoELayer::run(const TensorView& hidden_states, const TensorView& output, Fn&& fn) {
+    py::gil_scoped_release release;
+    const std::lock_guard lock(mutex_);
+    layer_.check_call(hidden_states, output);
+    workspace_.grow(layer_.workspace_bytes(hidden_states.shape[0]));
+    fn();
+}
 
-    template <typename Fn>
-    void run(const TensorView& hidden_states, const TensorView& output, Fn&& fn) {
-        py::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
-        layer_.check_call(hidden_states, output);
-        workspace_.grow(layer_.workspace_bytes(hidden_states.shape[0]));
-        fn();
-    }
-
-    MoEWeights views() {
-        const auto object = [&](const char* name) -> py::object {
-            return weights_.contains(name) ? py::object(weights_[name]) : py::none();
-        };
-        // The views borrow memory that weights_ keeps alive; a tensor without an exchange API lends
-        // it through its capsule, which tensor_args_ holds.
-        const auto tensor = [&](const char* name) {
-            tensor_args_.push_back(std::make_unique<TensorArg>(object(name), kOp, name, true));
-            return tensor_args_.back()->view();
-        };
-        const auto weights = [&](const char* name) {
-            weight_args_.push_back(std::make_unique<WeightsArg>(object(name), kOp, name, true));
-            return weight_args_.back()->weights();
-        };
-        MoEWeights views;
-        views.gate_up = weights("gate_up");
-        views.down = weights("down");
-        views.gate_up_bias = tensor("gate_up_bias");
-        views.down_bias = tensor("down_bias");
-        views.selection_bias = tensor("selection_bias");
-        views.shared_gate_up = weights("shared_gate_up");
-        views.shared_down = weights("shared_down");
-        views.shared_gate = tensor("shared_gate");
-        device_ =
-            views.gate_up.packed ? views.gate_up.packed->device() : views.gate_up.plain.device;
-        return views;
-    }
-
-    py::dict weights_;
-    std::vector<std::unique_ptr<TensorArg>> tensor_args_;
-    std::vector<std::unique_ptr<WeightsArg>> weight_args_;
-    Device device_;
-    MoELayer layer_;
-    Workspace workspace_;
-    std::mutex mutex_;
-};
-
-}  // namespace
+MoEWeights PyMoELayer::views() {
+    MoEWeights views;
+    views.gate_up = weights_.weights("gate_up");
+    views.down = weights_.weights("down");
+    views.gate_up_bias = weights_.tensor("gate_up_bias");
+    views.down_bias = weights_.tensor("down_bias");
+    views.selection_bias = weights_.tensor("selection_bias");
+    views.shared_gate_up = weights_.weights("shared_gate_up");
+    views.shared_down = weights_.weights("shared_down");
+    views.shared_gate = weights_.tensor("shared_gate");
+    device_ = views.gate_up.packed ? views.gate_up.packed->device() : views.gate_up.plain.device;
+    return views;
+}
 
 void bind_moe_layer(py::module_& module) {
     py::class_<PyMoELayer>(module, "MoELayer")

@@ -10,17 +10,6 @@ namespace py = pybind11;
 namespace moecore::bindings {
 namespace {
 
-template <typename Enum, size_t N>
-Enum enum_named(const char* argument, const std::string& name,
-                const std::pair<const char*, Enum> (&known)[N]) {
-    std::string names;
-    for (const auto& [known_name, value] : known) {
-        if (name == known_name) return value;
-        names += concat(names.empty() ? "" : ", ", known_name);
-    }
-    throw InvalidArgument(concat(argument, " must be one of ", names, ", got ", name));
-}
-
 void bind_packed_weights(py::module_& module) {
     py::class_<PackedWeights>(module, "PackedWeights",
                               "Expert weights in the order that the CPU kernels read best.")

@@ -4,56 +4,12 @@
 
 #include "moecore/combine.hpp"
 #include "moecore/sort_by_expert.hpp"
-#include "ops/check.hpp"
+#include "runtime/weight_rules.hpp"
 
 namespace moecore {
 namespace {
 
 const Check kCheck("MoELayer");
-
-/// What every weight of a layer must agree with.
-struct WeightRules {
-    DType dtype;
-    Device device;
-
-    /// Either kind of weights: [n, k] for a single matrix, [groups, n, k] otherwise.
-    void matrix(const char* name, const GroupedGemmWeights& weights,
-                std::initializer_list<int64_t> sizes, bool gated) const {
-        kCheck.that(weights.defined(), name, " must be given, got none");
-        if (weights.packed == nullptr) {
-            kCheck.shape(name, weights.plain, sizes);
-            kCheck.dtype(name, weights.plain, {dtype});
-            kCheck.device(name, weights.plain, device);
-            kCheck.matrix_strides(name, weights.plain);
-            return;
-        }
-        // The packed form as a tensor of its logical sizes, for the same checks and messages.
-        const PackedWeights& packed = *weights.packed;
-        void* data = const_cast<void*>(packed.data());
-        const TensorView logical =
-            sizes.size() == 2 && packed.num_groups() == 1
-                ? TensorView(data, packed.dtype(), {packed.n(), packed.k_dim()}, packed.device())
-                : TensorView(data, packed.dtype(),
-                             {packed.num_groups(), packed.n(), packed.k_dim()}, packed.device());
-        kCheck.shape(name, logical, sizes);
-        kCheck.dtype(name, logical, {dtype});
-        kCheck.device(name, logical, device);
-        kCheck.that(packed.gated() == gated, name, " must be packed with gated = ", gated,
-                    ", got gated = ", packed.gated());
-    }
-
-    void bias(const char* name, const TensorView& bias,
-              std::initializer_list<int64_t> sizes) const {
-        if (!bias.defined()) return;
-        kCheck.shape(name, bias, sizes);
-        if (dtype == DType::kFloat32)
-            kCheck.dtype(name, bias, {DType::kFloat32});
-        else
-            kCheck.dtype(name, bias, {DType::kFloat32, dtype});
-        kCheck.rows_contiguous(name, bias);
-        kCheck.device(name, bias, device);
-    }
-};
 
 void check_sizes(const MoEConfig& config) {
     kCheck.that(config.hidden_size >= 1, "hidden_size must be >= 1, got ", config.hidden_size);
@@ -81,12 +37,11 @@ MoELayer::MoELayer(const MoEConfig& config, const MoEWeights& weights)
     const int64_t inner = config.intermediate_size;
     const int64_t local = config.num_local_experts;
     const int64_t shared = config.shared_intermediate_size;
-    const WeightRules rules{config.dtype, weights.gate_up.packed ? weights.gate_up.packed->device()
-                                                                 : weights.gate_up.plain.device};
+    const WeightRules rules{kCheck, config.dtype, device_of(weights.gate_up)};
     rules.matrix("gate_up", weights.gate_up, {local, 2 * inner, width}, true);
     rules.matrix("down", weights.down, {local, width, inner}, false);
-    rules.bias("gate_up_bias", weights.gate_up_bias, {local, 2 * inner});
-    rules.bias("down_bias", weights.down_bias, {local, width});
+    rules.optional_vector("gate_up_bias", weights.gate_up_bias, {local, 2 * inner});
+    rules.optional_vector("down_bias", weights.down_bias, {local, width});
     if (weights.selection_bias.defined()) {
         kCheck.shape("selection_bias", weights.selection_bias, {config.num_experts});
         kCheck.dtype("selection_bias", weights.selection_bias, {DType::kFloat32});

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moecore import ops
+from moecore import _core, ops
 from moecore.attention import Attention
 from moecore.batch import Batch
 from moecore.config import ModelConfig
@@ -30,30 +30,32 @@ class Activations:
         self.residual = place.empty(num_tokens, config.hidden_size)
         self.normed = place.empty(num_tokens, config.hidden_size)
         self.delta = place.empty(num_tokens, config.hidden_size)  # what a block adds
-        self.router_logits = place.empty(num_tokens, config.moe.num_experts)
         self.qkv = place.empty(num_tokens, (heads + 2 * kv_heads) * dim)
-        widths = [heads * dim, kv_heads * dim, kv_heads * dim]
-        self.q, self.k, self.v = torch.split(self.qkv, widths, dim=1)  # [T, heads * dim]
-        qk = self.qkv[:, : (heads + kv_heads) * dim]
-        self.qk_heads = qk.view(num_tokens, heads + kv_heads, dim)
-        self.q_heads = self.q.view(num_tokens, heads, dim)
-        self.k_heads = self.k.view(num_tokens, kv_heads, dim)
-        self.v_heads = self.v.view(num_tokens, kv_heads, dim)
-        self.attended = place.empty(num_tokens, heads * dim)
-        self.attended_heads = self.attended.view(num_tokens, heads, dim)
+        all_heads = self.qkv.view(num_tokens, heads + 2 * kv_heads, dim)
+        self.q, self.k, self.v = torch.split(all_heads, [heads, kv_heads, kv_heads], dim=1)
+        self.qk = all_heads[:, : heads + kv_heads]
+        attended = place.empty(num_tokens, heads * dim)
+        self.attended = attended.view(num_tokens, heads, dim)
+        is_moe = config.moe_layers
+        experts, inner = config.moe.num_experts, config.intermediate_size
+        self.native = _core.Activations(
+            residual=self.residual,
+            normed=self.normed,
+            delta=self.delta,
+            qkv=self.qkv,
+            attended=attended,
+            router_logits=place.empty(num_tokens, experts) if any(is_moe) else None,
+            inner=None if all(is_moe) else place.empty(num_tokens, inner),
+        )
 
 
 class SelfAttention:
-    """Query, key and value, their norms and rotation, attention, and the output projection."""
+    """Weights around attention: query, key and value, their norms, and the output projection."""
 
     def __init__(self, place: Placement, layer: int, config: ModelConfig) -> None:
         prefix = f"model.layers.{layer}.self_attn"
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self._layer = layer
-        self._eps = config.rms_norm_eps
-        self._clip = config.clip_qkv
-        self._qk_norm = config.qk_norm
-        self._qkv = Linear(
+        self.qkv = Linear(
             place,
             config.hidden_size,
             {
@@ -63,35 +65,20 @@ class SelfAttention:
             },
             bias=config.qkv_bias,
         )
-        self._o = Linear(
+        self.output = Linear(
             place, heads * dim, {f"{prefix}.o_proj": config.hidden_size}, bias=config.output_bias
         )
-        self._norms: tuple[Parameter, ...] = ()
+        self.q_norm: Parameter | None = None
+        self.k_norm: Parameter | None = None
         if config.qk_norm != "none":
             whole = config.qk_norm == "full_width"
-            self._norms = (
-                Parameter(place, f"{prefix}.q_norm.weight", heads * dim if whole else dim),
-                Parameter(place, f"{prefix}.k_norm.weight", kv_heads * dim if whole else dim),
-            )
+            q_width, k_width = (heads * dim, kv_heads * dim) if whole else (dim, dim)
+            self.q_norm = Parameter(place, f"{prefix}.q_norm.weight", q_width)
+            self.k_norm = Parameter(place, f"{prefix}.k_norm.weight", k_width)
 
     def slots(self) -> list[WeightSlot]:
-        norms = [slot for norm in self._norms for slot in norm.slots()]
-        return [*self._qkv.slots(), *self._o.slots(), *norms]
-
-    def __call__(self, a: Activations, cos_sin: Tensor, attention: Attention, batch: Batch) -> None:
-        """a.normed -> a.delta."""
-        self._qkv(a.normed, out=a.qkv)
-        if self._norms:
-            per_head = self._qk_norm == "per_head"
-            q, k = (a.q_heads, a.k_heads) if per_head else (a.q, a.k)
-            q_norm, k_norm = self._norms
-            ops.rms_norm(q, q_norm.value, self._eps, out=q)
-            ops.rms_norm(k, k_norm.value, self._eps, out=k)
-        if self._clip is not None:
-            a.qkv.clamp_(-self._clip, self._clip)
-        ops.rotary_embedding(a.qk_heads, batch.positions, cos_sin)
-        attention(self._layer, a.q_heads, a.k_heads, a.v_heads, batch, out=a.attended_heads)
-        self._o(a.attended, out=a.delta)
+        parts = (self.qkv, self.output, self.q_norm, self.k_norm)
+        return [slot for part in parts if part is not None for slot in part.slots()]
 
 
 class DecoderLayer:
@@ -107,7 +94,8 @@ class DecoderLayer:
     ) -> None:
         prefix = f"model.layers.{layer}"
         hidden = config.hidden_size
-        self._eps = config.rms_norm_eps
+        self._index = layer
+        self._clip = config.clip_qkv
         self._input_norm = Parameter(place, f"{prefix}.input_layernorm.weight", hidden)
         self._post_norm = Parameter(place, f"{prefix}.post_attention_layernorm.weight", hidden)
         self._attention = SelfAttention(place, layer, config)
@@ -116,30 +104,49 @@ class DecoderLayer:
             self._mlp = MoE(place, prefix, hidden, config.moe, names, local_experts)
         else:
             self._mlp = MLP(place, f"{prefix}.mlp", hidden, config.intermediate_size)
+        self._native = _core.DecoderLayer(
+            hidden_size=hidden,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=0 if config.moe_layers[layer] else config.intermediate_size,
+            rms_norm_eps=config.rms_norm_eps,
+            qk_norm=config.qk_norm,
+            dtype=str(place.dtype).removeprefix("torch."),
+            weights=self._weights(),
+        )
+
+    def _weights(self) -> dict[str, Tensor | PackedWeights | _core.MoELayer | None]:
+        attention, mlp = self._attention, self._mlp
+        weights: dict[str, Tensor | PackedWeights | _core.MoELayer | None] = {
+            "input_norm": self._input_norm.value,
+            "post_norm": self._post_norm.value,
+            "qkv": attention.qkv.matrix,
+            "qkv_bias": attention.qkv.bias,
+            "output": attention.output.matrix,
+            "output_bias": attention.output.bias,
+            "q_norm": attention.q_norm.value if attention.q_norm else None,
+            "k_norm": attention.k_norm.value if attention.k_norm else None,
+        }
+        if isinstance(mlp, MoE):
+            return weights | {"router": mlp.router_matrix, "moe": mlp.layer.native}
+        return weights | {"gate_up": mlp.gate_up.matrix, "down": mlp.down.matrix}
 
     def slots(self) -> list[WeightSlot]:
         parts = (self._input_norm, self._attention, self._post_norm, self._mlp)
         return [slot for part in parts for slot in part.slots()]
 
-    def __call__(
-        self,
-        a: Activations,
-        cos_sin: Tensor,
-        attention: Attention,
-        batch: Batch,
-        *,
-        is_first: bool,
-    ) -> None:
+    def __call__(self, a: Activations, cos_sin: Tensor, attention: Attention, batch: Batch) -> None:
         """Add a.delta of the layer before to a.residual, and leave this layer's in a.delta."""
-        residual = None if is_first else a.residual
-        x = a.residual if is_first else a.delta
-        ops.rms_norm(x, self._input_norm.value, self._eps, residual=residual, out=a.normed)
-        self._attention(a, cos_sin, attention, batch)
-        ops.rms_norm(a.delta, self._post_norm.value, self._eps, residual=a.residual, out=a.normed)
-        if isinstance(self._mlp, MoE):
-            self._mlp(a.normed, router_logits=a.router_logits, out=a.delta)
+        is_first = self._index == 0
+        if self._clip is None:
+            self._native.before_attention(a.native, batch.positions, cos_sin, is_first)
         else:
-            self._mlp(a.normed, out=a.delta)
+            self._native.project_qkv(a.native, is_first)
+            a.qkv.clamp_(-self._clip, self._clip)
+            ops.rotary_embedding(a.qk, batch.positions, cos_sin)
+        attention(self._index, a.q, a.k, a.v, batch, out=a.attended)
+        self._native.after_attention(a.native)
 
 
 class CausalLM:
@@ -207,8 +214,8 @@ class CausalLM:
         """
         a = self._activations_of(batch.token_ids.shape[0])
         ops.embedding(batch.token_ids, self._embedding, out=a.residual)
-        for index, layer in enumerate(self._layers):
-            layer(a, cos_sin, attention, batch, is_first=index == 0)
+        for layer in self._layers:
+            layer(a, cos_sin, attention, batch)
         eps = self.config.rms_norm_eps
         ops.rms_norm(a.delta, self._norm.value, eps, residual=a.residual, out=a.normed)
         rows = a.normed[batch.logit_rows]

@@ -1,4 +1,4 @@
-"""Parts of a decoder: each owns its weights, says which checkpoint tensors fill them, and runs.
+"""Parts of a decoder: each owns its weights and says which checkpoint tensors fill them.
 
 On the CPU weights are packed for the kernels while they load, elsewhere they are plain tensors.
 """
@@ -11,12 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moecore import ops
 from moecore.loading import Source, WeightSlot
-from moecore.ops import GroupedGemmConfig, PackedWeights
-
-_NO_ACTIVATION = GroupedGemmConfig()
-_SWIGLU = GroupedGemmConfig(activation="swiglu")
+from moecore.ops import PackedWeights
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,7 @@ class Parameter:
 
 
 class Linear:
-    """x @ weight.T + bias, its weight stacked from one or more checkpoint tensors.
-
-    A gated one holds gate and up, and applies SwiGLU. A row's bits depend on that row only.
-    """
+    """A weight stacked from one or more checkpoint tensors, with its bias; or gate and up."""
 
     def __init__(
         self,
@@ -89,12 +82,10 @@ class Linear:
     ) -> None:
         self._in_features = in_features
         self._parts = parts  # checkpoint prefix -> rows
-        self._config = _SWIGLU if gated else _NO_ACTIVATION
         rows = sum(parts.values())
         self.weight = place.matrices(1, rows, in_features, gated=gated)
         self.matrix = one_matrix(self.weight)
         self.bias = place.empty(rows) if bias else None
-        self.out_features = rows // 2 if gated else rows
 
     def slots(self) -> list[WeightSlot]:
         weights = tuple(
@@ -111,13 +102,6 @@ class Linear:
         assert self.bias is not None
         self.bias.copy_(torch.cat(list(parts)))
 
-    def __call__(
-        self, x: Tensor, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None
-    ) -> Tensor:
-        return ops.linear(
-            x, self.matrix, self.bias, config=self._config, out=out, out_dtype=out_dtype
-        )
-
 
 class MLP:
     """down(silu(gate(x)) * up(x)): the dense layers of a model that also has experts."""
@@ -133,6 +117,3 @@ class MLP:
 
     def slots(self) -> list[WeightSlot]:
         return [*self.gate_up.slots(), *self.down.slots()]
-
-    def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        return self.down(self.gate_up(x), out=out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moecore import ops
 from moecore.config import MoEConfig
 from moecore.loading import Source, WeightSlot
 from moecore.models.layers import MLP, Placement, fill, one_matrix
@@ -15,7 +14,7 @@ Alternatives = tuple[tuple[Source, ...], ...]
 
 
 class MoE:
-    """Holds the experts in `local_experts` of the layer's E, and runs them through MoELayer."""
+    """The router, and a MoELayer over the experts in `local_experts` of the layer's E."""
 
     def __init__(
         self,
@@ -33,14 +32,14 @@ class MoE:
         self._local_experts = local_experts
         num_local, inner = len(local_experts), moe.intermediate_size
         self._router = place.matrices(1, moe.num_experts, hidden_size, gated=False)
-        self._router_matrix = one_matrix(self._router)
+        self.router_matrix = one_matrix(self._router)
         self._gate_up = place.matrices(num_local, 2 * inner, hidden_size, gated=True)
         self._down = place.matrices(num_local, hidden_size, inner, gated=False)
         shared_size = moe.shared_intermediate_size
         shared_prefix = f"{self._prefixes[0]}.{names.shared}"
         self._shared = MLP(place, shared_prefix, hidden_size, shared_size) if shared_size else None
         self._shared_gate = place.empty(1, hidden_size) if moe.has_shared_gate else None
-        self._layer = MoELayer(
+        self.layer = MoELayer(
             self._gate_up,
             self._down,
             moe.routing_config(),
@@ -97,8 +96,3 @@ class MoE:
 
     def _fused(self, name: str, shape: tuple[int, ...], expert: int) -> Alternatives:
         return tuple((Source(f"{p}.{name}", shape, expert=expert),) for p in self._prefixes)
-
-    def __call__(self, x: Tensor, *, router_logits: Tensor, out: Tensor) -> Tensor:
-        """Map x [T, H] to out [T, H]; router_logits [T, E] is scratch."""
-        ops.linear(x, self._router_matrix, out=router_logits)
-        return self._layer(x, router_logits, out=out)
