@@ -6,6 +6,9 @@ keys and values of every layer in blocks that the scheduler hands out.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from typing import Protocol
 
 import torch
@@ -46,9 +49,8 @@ class NativeAttention:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, num_blocks: int) -> None:
         self._scale = config.head_dim**-0.5
         shape = (num_blocks, config.num_kv_heads, self.block_size * config.head_dim)
-        # Pages of the system are touched when a block is first used, not here.
-        self._keys = [torch.empty(shape, dtype=dtype) for _ in range(config.num_layers)]
-        self._values = [torch.empty(shape, dtype=dtype) for _ in range(config.num_layers)]
+        self._keys = [_untouched(shape, dtype) for _ in range(config.num_layers)]
+        self._values = [_untouched(shape, dtype) for _ in range(config.num_layers)]
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, out: Tensor
@@ -57,6 +59,18 @@ class NativeAttention:
         keys, values = self._keys[layer], self._values[layer]
         ops.write_kv_cache(key, value, keys, values, *where)
         ops.paged_attention(query, keys, values, *where, scale=self._scale, out=out)
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in huge pages where the system grants them; memory is taken at first use of each.
+
+    In pages of 4 KiB a step's reads of the cache would wait for address translation.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class TorchAttention:

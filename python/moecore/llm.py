@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -121,6 +122,7 @@ class LLM:
             max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
             seed=seed,
         )
+        gc.freeze()  # what lives as long as the model is not searched for garbage at every step
         self.device, self.dtype = place, number
         self.max_model_len = cache.max_model_len
         self._ids = count()

@@ -114,6 +114,7 @@ private:
         const int last_panel = panels_.num_value_panels() - 1;
         for (int64_t b = 0; b < num_blocks; ++b) {
             const int64_t position = b * kKvBlockSize;
+            if (b + 1 < num_blocks) prefetch_block(item, position + kKvBlockSize);
             Block block{
                 .keys = panels_.key_block(item.segment.sequence, position, item.kv_head),
                 .values = panels_.value_block(item.segment.sequence, position, item.kv_head),
@@ -131,6 +132,16 @@ private:
             }
         }
         return store(item.count, scratch);
+    }
+
+    /// Blocks lie anywhere, so no hardware prefetcher follows from one to the next.
+    void prefetch_block(const Item& item, int64_t position) const {
+        const char* keys = panels_.key_block(item.segment.sequence, position, item.kv_head);
+        const char* values = panels_.value_block(item.segment.sequence, position, item.kv_head);
+        for (int64_t byte = 0; byte < panels_.block_bytes(); byte += 64) {
+            __builtin_prefetch(keys + byte, 0, 2);
+            __builtin_prefetch(values + byte, 0, 2);
+        }
     }
 
     /// Full tiles, then what is left in two even ones: 8 rows as 4 + 4, not 6 + 2.
