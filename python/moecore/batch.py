@@ -37,6 +37,8 @@ class Batch:
         Args:
             scheduled: at least one sequence, with num_scheduled_tokens >= 1 and blocks for them.
         """
+        if all(s.num_scheduled_tokens == 1 == s.num_uncached_tokens for s in scheduled):
+            return cls._of_decodes(scheduled)
         starts = np.array([s.num_cached_tokens for s in scheduled], dtype=np.int32)
         lens = np.array([s.num_scheduled_tokens for s in scheduled], dtype=np.int32)
         ends = starts + lens
@@ -54,10 +56,6 @@ class Batch:
         )
         shifts = np.repeat(starts - query_offsets[:-1], lens)
         positions = np.arange(num_tokens, dtype=np.int32) + shifts
-        num_blocks = max(len(s.block_ids) for s in scheduled)
-        block_tables = np.full((len(scheduled), num_blocks), -1, dtype=np.int32)
-        for row, sequence in zip(block_tables, scheduled, strict=True):
-            row[: len(sequence.block_ids)] = sequence.block_ids
         samples = np.array([s.needs_sample for s in scheduled], dtype=bool)
         logit_rows = query_offsets[1:][samples].astype(np.int64) - 1
         return cls(
@@ -65,9 +63,33 @@ class Batch:
             positions=torch.from_numpy(positions),
             query_offsets=torch.from_numpy(query_offsets),
             context_lens=torch.from_numpy(ends),
-            block_tables=torch.from_numpy(block_tables),
+            block_tables=_block_tables(scheduled),
             logit_rows=torch.from_numpy(logit_rows),
         )
+
+    @classmethod
+    def _of_decodes(cls, scheduled: Seq[Sequence]) -> Batch:
+        """The same where each sequence has its newest token only: most passes, and the shortest."""
+        rows = torch.arange(len(scheduled) + 1)
+        positions = torch.tensor([s.num_cached_tokens for s in scheduled], dtype=torch.int32)
+        return cls(
+            token_ids=torch.tensor([s.token_ids[-1] for s in scheduled]),
+            positions=positions,
+            query_offsets=rows.int(),
+            context_lens=positions + 1,
+            block_tables=_block_tables(scheduled),
+            logit_rows=rows[:-1],
+        )
+
+
+def _block_tables(scheduled: Seq[Sequence]) -> Tensor:
+    if len(scheduled) == 1:
+        return torch.from_numpy(np.array(scheduled[0].block_ids, dtype=np.int32)[None])
+    num_blocks = max(len(s.block_ids) for s in scheduled)
+    block_tables = np.full((len(scheduled), num_blocks), -1, dtype=np.int32)
+    for row, sequence in zip(block_tables, scheduled, strict=True):
+        row[: len(sequence.block_ids)] = sequence.block_ids
+    return torch.from_numpy(block_tables)
 
 
 class ModelRunner(Protocol):
