@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Protocol
 
@@ -70,16 +71,27 @@ class Batch:
     @classmethod
     def _of_decodes(cls, scheduled: Seq[Sequence]) -> Batch:
         """The same where each sequence has its newest token only: most passes, and the shortest."""
-        rows = torch.arange(len(scheduled) + 1)
-        positions = torch.tensor([s.num_cached_tokens for s in scheduled], dtype=torch.int32)
+        positions = np.array([s.num_cached_tokens for s in scheduled], dtype=np.int32)
+        query_offsets, logit_rows = _one_row_each(len(scheduled))
         return cls(
-            token_ids=torch.tensor([s.token_ids[-1] for s in scheduled]),
-            positions=positions,
-            query_offsets=rows.int(),
-            context_lens=positions + 1,
+            token_ids=torch.from_numpy(
+                np.array([s.token_ids[-1] for s in scheduled], dtype=np.int64)
+            ),
+            positions=torch.from_numpy(positions),
+            query_offsets=query_offsets,
+            context_lens=torch.from_numpy(positions + np.int32(1)),
             block_tables=_block_tables(scheduled),
-            logit_rows=rows[:-1],
+            logit_rows=logit_rows,
         )
+
+
+@lru_cache(maxsize=64)
+def _one_row_each(num_sequences: int) -> tuple[Tensor, Tensor]:
+    """query_offsets and logit_rows of a pass of decodes, shared by the passes of that many."""
+    return (
+        torch.arange(num_sequences + 1, dtype=torch.int32),
+        torch.arange(num_sequences, dtype=torch.int64),
+    )
 
 
 def _block_tables(scheduled: Seq[Sequence]) -> Tensor:
