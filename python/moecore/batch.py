@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Protocol
 
@@ -37,6 +38,8 @@ class Batch:
         Args:
             scheduled: at least one sequence, with num_scheduled_tokens >= 1 and blocks for them.
         """
+        if all(s.num_scheduled_tokens == 1 == s.num_uncached_tokens for s in scheduled):
+            return cls._of_decodes(scheduled)
         starts = np.array([s.num_cached_tokens for s in scheduled], dtype=np.int32)
         lens = np.array([s.num_scheduled_tokens for s in scheduled], dtype=np.int32)
         ends = starts + lens
@@ -54,10 +57,6 @@ class Batch:
         )
         shifts = np.repeat(starts - query_offsets[:-1], lens)
         positions = np.arange(num_tokens, dtype=np.int32) + shifts
-        num_blocks = max(len(s.block_ids) for s in scheduled)
-        block_tables = np.full((len(scheduled), num_blocks), -1, dtype=np.int32)
-        for row, sequence in zip(block_tables, scheduled, strict=True):
-            row[: len(sequence.block_ids)] = sequence.block_ids
         samples = np.array([s.needs_sample for s in scheduled], dtype=bool)
         logit_rows = query_offsets[1:][samples].astype(np.int64) - 1
         return cls(
@@ -65,9 +64,44 @@ class Batch:
             positions=torch.from_numpy(positions),
             query_offsets=torch.from_numpy(query_offsets),
             context_lens=torch.from_numpy(ends),
-            block_tables=torch.from_numpy(block_tables),
+            block_tables=_block_tables(scheduled),
             logit_rows=torch.from_numpy(logit_rows),
         )
+
+    @classmethod
+    def _of_decodes(cls, scheduled: Seq[Sequence]) -> Batch:
+        """The same where each sequence has its newest token only: most passes, and the shortest."""
+        positions = np.array([s.num_cached_tokens for s in scheduled], dtype=np.int32)
+        query_offsets, logit_rows = _one_row_each(len(scheduled))
+        return cls(
+            token_ids=torch.from_numpy(
+                np.array([s.token_ids[-1] for s in scheduled], dtype=np.int64)
+            ),
+            positions=torch.from_numpy(positions),
+            query_offsets=query_offsets,
+            context_lens=torch.from_numpy(positions + np.int32(1)),
+            block_tables=_block_tables(scheduled),
+            logit_rows=logit_rows,
+        )
+
+
+@lru_cache(maxsize=64)
+def _one_row_each(num_sequences: int) -> tuple[Tensor, Tensor]:
+    """query_offsets and logit_rows of a pass of decodes, shared by the passes of that many."""
+    return (
+        torch.arange(num_sequences + 1, dtype=torch.int32),
+        torch.arange(num_sequences, dtype=torch.int64),
+    )
+
+
+def _block_tables(scheduled: Seq[Sequence]) -> Tensor:
+    if len(scheduled) == 1:
+        return torch.from_numpy(np.array(scheduled[0].block_ids, dtype=np.int32)[None])
+    num_blocks = max(len(s.block_ids) for s in scheduled)
+    block_tables = np.full((len(scheduled), num_blocks), -1, dtype=np.int32)
+    for row, sequence in zip(block_tables, scheduled, strict=True):
+        row[: len(sequence.block_ids)] = sequence.block_ids
+    return torch.from_numpy(block_tables)
 
 
 class ModelRunner(Protocol):

@@ -25,6 +25,7 @@ int main() {
     test::add_grouped_gemm_argument_tests(tests);
     test::add_packed_weights_tests(tests);
     test::add_combine_tests(tests);
+    test::add_decoder_layer_tests(tests);
     test::add_embedding_tests(tests);
     test::add_moe_layer_tests(tests);
     test::add_paged_attention_tests(tests);
