@@ -28,9 +28,8 @@ cpu::PanelLayout checked_layout(DType dtype, int64_t num_groups, int64_t n, int6
     constexpr double kMaxElements = 0x1p48;
     const double elements =
         static_cast<double>(num_groups) * static_cast<double>(n) * static_cast<double>(k_dim);
-    kCheck.that(elements <= kMaxElements && n <= kMaxElements / 64 && k_dim <= kMaxElements / 64,
-                "num_groups * n * k_dim must be at most 2^48, got ", num_groups, " * ", n, " * ",
-                k_dim);
+    kCheck.that(elements <= kMaxElements, "num_groups * n * k_dim must be at most 2^48, got ",
+                num_groups, " * ", n, " * ", k_dim);
     if (device.type != DeviceType::kCpu)
         throw UnsupportedError("PackedWeights: " + to_string(device) +
                                " has no packed kernels; pass plain weights");

@@ -84,10 +84,8 @@ inline float load_logits(const TopkRoutingArgs& args, int64_t token, RouteRow& r
         x.store(row.logit + e);
         key.store(row.key + e);
     };
-    const auto keep_rest = [&](F32x16 x) {
+    const auto keep_rest = [&](F32x16 x) {  // the lanes past the last expert lose every tie
         keep(whole, float_of_bits(first_lanes(num_experts - whole, bits_of(x), bits_of(lowest))));
-        const I32x16 key = I32x16::load(row.key + whole);
-        first_lanes(num_experts - whole, key, I32x16::broadcast(kTakenKey)).store(row.key + whole);
     };
     if (args.logits_dtype == DType::kBFloat16) {
         const uint16_t* source = static_cast<const uint16_t*>(args.router_logits) + start;
