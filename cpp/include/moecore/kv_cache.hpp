@@ -19,7 +19,7 @@ inline constexpr int64_t kMaxHeadDim = 256;
 /// The order inside one block of one head is that of the panels the GEMM tiles read, in units of
 /// 32-bit words (a pair of bfloat16, or one float32); c is the position mod 64, d an element:
 ///
-///     keys    [D words' worth of elements][64 positions]: bfloat16 word (d / 2) * 64 + c holds
+///     keys    one panel, a column for each position: bfloat16 word (d / 2) * 64 + c holds
 ///             elements d and d + 1 (d even) of position c; float32 word d * 64 + c holds element d
 ///     values  columns in panels of 64, the last of D mod 64 (w columns in the panel of column d):
 ///             bfloat16 word (c / 2) * w + d mod 64 holds element d of positions c and c + 1

@@ -110,7 +110,7 @@ inline bool store_attention_row(const AttentionRow& row) {
     for (int64_t d = 0; d < row.head_dim; d += kLanes) {
         const float* sums = row.output + d / kPanelColumns * row.panel_stride + d % kPanelColumns;
         // + 0 makes one zero of both: which one is left depends on keys of weight 0.
-        const F32x16 x = fma(F32x16::load(sums), factor, zero);
+        const F32x16 x = add(mul(F32x16::load(sums), factor), zero);
         const int count = static_cast<int>(row.head_dim - d < kLanes ? row.head_dim - d : kLanes);
         poison = fma(x, zero, poison);
         store_columns(x, row.dtype, row.target, d, count);
