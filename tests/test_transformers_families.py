@@ -72,6 +72,10 @@ def make(experts_class: Any, **settings: Any) -> Any:
     return module
 
 
+# Every class of this release of transformers is known to run, or is in UNSUPPORTED.
+IS_NEWER = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 23)
+
+
 def run(module: Any, implementation: str) -> torch.Tensor:
     module.config._experts_implementation = implementation
     generator = torch.Generator().manual_seed(3)
@@ -92,7 +96,14 @@ def test_experts_give_what_their_own_forward_gives_or_are_named(path: Path) -> N
             ):
                 run(module, "moecore")
             continue
-        got, want = run(module, "moecore"), run(module, "eager")
+        try:
+            got = run(module, "moecore")
+        except moecore.UnsupportedError as error:
+            # A release after the tested one may bring gates that nobody has looked at.
+            assert IS_NEWER, error
+            assert experts_class.__name__ in str(error)
+            continue
+        want = run(module, "eager")
         # As in the float32 test of whole models, for one layer.
         bound = 4 * HIDDEN**0.5 * torch.finfo(torch.float32).eps
         assert (got - want).norm() <= bound * want.norm()
