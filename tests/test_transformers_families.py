@@ -96,12 +96,15 @@ def test_experts_give_what_their_own_forward_gives_or_are_named(path: Path) -> N
             ):
                 run(module, "moecore")
             continue
+        refusal = None
         try:
             got = run(module, "moecore")
         except moecore.UnsupportedError as error:
+            refusal = str(error)
+        if refusal is not None:
             # A release after the tested one may bring gates that nobody has looked at.
-            assert IS_NEWER, error
-            assert experts_class.__name__ in str(error)
+            assert IS_NEWER, refusal
+            assert experts_class.__name__ in refusal
             continue
         want = run(module, "eager")
         # As in the float32 test of whole models, for one layer.
