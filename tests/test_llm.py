@@ -163,6 +163,11 @@ def test_unknown_keywords_name_the_nearest_known_one():
         ({"max_model_len": 10**7}, ValueError, "max_model_len must be at most .* got 10000000"),
         ({"kv_cache_memory": 10}, ValueError, "kv_cache_memory must hold .* got 10 bytes"),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be at least 1, got 0"),
+        (
+            {"max_num_batched_tokens": 63},
+            ValueError,
+            r"max_num_batched_tokens must be at least max_num_seqs \(64\), got 63",
+        ),
         ({"expert_parallel_size": 2}, moecore.UnsupportedError, "expert_parallel_size must be 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

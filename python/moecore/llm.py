@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -42,7 +41,8 @@ class LLM:
         max_model_len: tokens of a prompt and its completion; None is the model's own limit, or less
             if the cache cannot hold that many.
         max_num_seqs: sequences that run at a time; others wait.
-        max_num_batched_tokens: tokens of one forward pass; longer prompts are cut into chunks.
+        max_num_batched_tokens: tokens of one forward pass, at least max_num_seqs; longer prompts
+            are cut into chunks.
         kv_cache_memory: bytes for keys and values; None is what max_num_seqs sequences can need, at
             most 4 GiB on the CPU and 80 % of the free memory of a GPU. Pages that no sequence has
             reached are not touched.
@@ -97,6 +97,11 @@ class LLM:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"LLM: {name} must be at least 1, got {value}")
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"LLM: max_num_batched_tokens must be at least max_num_seqs ({max_num_seqs}), "
+                f"got {max_num_batched_tokens}"
+            )
         folder = resolve_model(model, revision)
         self.config: ModelConfig = read_config(folder)
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(folder)
@@ -119,10 +124,9 @@ class LLM:
             self._tokenizer,
             eos_token_ids=self.config.eos_token_ids,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
+            max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
         )
-        gc.freeze()  # what lives as long as the model is not searched for garbage at every step
         self.device, self.dtype = place, number
         self.max_model_len = cache.max_model_len
         self._ids = count()
@@ -136,7 +140,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete prompts; they run batched, and a result does not depend on its batch.
+        """Complete prompts; they run batched. On the CPU a result does not depend on its batch.
 
         Args:
             prompts: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, or

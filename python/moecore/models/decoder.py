@@ -1,7 +1,8 @@
 """The decoder that all families share: pre-norm layers of grouped-query attention and MoE.
 
 A family's config.json decides what is in it; nothing here knows a family's name. Every operator
-keeps the row contract, so a token's hidden states have the same bits in any batch.
+keeps the row contract, so a token's hidden states have the same bits in any batch, as far as the
+attention keeps it too: the CPU's does.
 """
 
 from __future__ import annotations
