@@ -128,16 +128,18 @@ def moecore_timer(path: Path) -> Timer:
     engine = llm.engine
 
     def run(case: Case) -> float:
-        # At temperature 1 a random model's tokens are random.
-        params = moecore.SamplingParams(max_tokens=case.steps + 1, ignore_eos=True)
-        for sequence in range(case.batch):
-            engine.add_request(f"r{sequence}", random_ids(case.depth), params, stream=False)
+        params = moecore.SamplingParams(temperature=0, max_tokens=case.steps + 1, ignore_eos=True)
+        for number in range(case.batch):
+            engine.add_request(f"r{number}", random_ids(case.depth), params, stream=False)
         begin = time.perf_counter()
         engine.step()
         if case.steps == 0:
             return time.perf_counter() - begin
         begin = time.perf_counter()
         while engine.has_unfinished:
+            # As with the peers: the likeliest token is looked for, and a random one goes on.
+            for sequence in engine.scheduler.running:
+                sequence.token_ids[-1] = int(torch.randint(0, VOCAB, ()))
             engine.step()
         return time.perf_counter() - begin
 

@@ -32,5 +32,5 @@ def batch_of(query_lens, context_lens, tables):
 
 
 def empty_caches(num_blocks, num_kv_heads, head_dim, dtype, fill=float("nan")):
-    shape = (num_blocks, num_kv_heads, BLOCK * head_dim)
+    shape = (num_kv_heads, num_blocks, BLOCK * head_dim)
     return torch.full(shape, fill, dtype=dtype), torch.full(shape, fill, dtype=dtype)

@@ -224,7 +224,7 @@ BAD_ARGUMENTS = {
     "out-dtype": (lambda a: {"out": a["out"].bfloat16()}, "output must be float32"),
     "out-is-query": (lambda a: {"out": a["query"]}, "output must not overlap query"),
     "out-in-cache": (
-        lambda a: {"out": a["value_cache"][2, 1, :32].view(1, 4, 8)},
+        lambda a: {"out": a["value_cache"][1, 2, :32].view(1, 4, 8)},
         "output must not overlap value_cache",
     ),
     "tables-block": (
@@ -238,8 +238,8 @@ BAD_ARGUMENTS = {
 def test_a_bad_argument_is_named_with_what_it_is(change, message):
     good = {
         "query": randn(1, 4, 8),
-        "key_cache": torch.zeros(4, 2, BLOCK * 8),
-        "value_cache": torch.zeros(4, 2, BLOCK * 8),
+        "key_cache": torch.zeros(2, 4, BLOCK * 8),
+        "value_cache": torch.zeros(2, 4, BLOCK * 8),
         **batch_of([1], [70], torch.tensor([[0, 3]], dtype=torch.int32)),
         "scale": 1.0,
         "out": torch.empty(1, 4, 8),
@@ -253,8 +253,8 @@ def test_a_bad_argument_is_named_with_what_it_is(change, message):
 def test_what_is_no_tensor_is_a_type_error(name):
     arguments = {
         "query": randn(1, 4, 8),
-        "key_cache": torch.zeros(4, 2, BLOCK * 8),
-        "value_cache": torch.zeros(4, 2, BLOCK * 8),
+        "key_cache": torch.zeros(2, 4, BLOCK * 8),
+        "value_cache": torch.zeros(2, 4, BLOCK * 8),
         **batch_of([1], [70], torch.tensor([[0, 3]], dtype=torch.int32)),
     }
     with pytest.raises(TypeError, match=f"{name} must be a tensor"):

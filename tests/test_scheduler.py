@@ -234,6 +234,15 @@ def test_every_mix_gets_through_in_order_and_leaks_nothing(workload):
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
 
 
+def test_blocks_freed_together_come_back_in_their_order():
+    pool = BlockPool(6)
+    first, second = pool.allocate(3), pool.allocate(2)
+    pool.free(first)
+    assert pool.allocate(2) == first[:2]
+    pool.free(second)
+    assert pool.allocate(3) == second + first[2:]
+
+
 @given(st.integers(6, 20), st.lists(st.integers(0, 6), max_size=20))
 def test_a_block_has_one_owner_until_it_is_freed(num_blocks, counts):
     pool = BlockPool(num_blocks)

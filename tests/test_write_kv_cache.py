@@ -33,7 +33,7 @@ def documented(order, rows, blocks, cache):
     padded.view(-1, *rows.shape[1:])[: len(rows)] = rows
     for block, within in zip(blocks.tolist(), padded, strict=True):
         for head in range(rows.shape[1]):
-            cache[block, head] = order(within[:, head].contiguous())
+            cache[head, block] = order(within[:, head].contiguous())
 
 
 def assert_same_bits(got, want):
@@ -207,8 +207,8 @@ def test_a_bad_argument_is_named_with_what_it_is(change, message):
     good = {
         "key": randn(3, 2, 8),
         "value": randn(3, 2, 8),
-        "key_cache": torch.zeros(4, 2, 512),
-        "value_cache": torch.zeros(4, 2, 512),
+        "key_cache": torch.zeros(2, 4, 512),
+        "value_cache": torch.zeros(2, 4, 512),
         "query_offsets": int32(0, 1, 3),
         "context_lens": int32(70, 2),
         "block_tables": int32(0, 1, 2, 9).view(2, 2),
@@ -219,16 +219,16 @@ def test_a_bad_argument_is_named_with_what_it_is(change, message):
 
 
 def test_a_cache_that_overlaps_a_key_is_refused():
-    cache = torch.zeros(4, 1, 512)
+    cache = torch.zeros(1, 4, 512)
     batch = batch_of([1], [1], int32(0).view(1, 1))
-    key = cache[3, :, :8].unsqueeze(0)
+    key = cache[:, 3, :8].unsqueeze(0)
     with pytest.raises(ValueError, match="key_cache must not overlap key"):
-        ops.write_kv_cache(key, torch.zeros(1, 1, 8), cache, torch.zeros(4, 1, 512), **batch)
+        ops.write_kv_cache(key, torch.zeros(1, 1, 8), cache, torch.zeros(1, 4, 512), **batch)
 
 
 @pytest.mark.parametrize("name", ["key", "value", "key_cache", "value_cache", "block_tables"])
 def test_what_is_no_tensor_is_a_type_error(name):
-    rows, cache = torch.zeros(1, 1, 8), torch.zeros(4, 1, 512)
+    rows, cache = torch.zeros(1, 1, 8), torch.zeros(1, 4, 512)
     arguments = {"key": rows, "value": rows, "key_cache": cache, "value_cache": cache.clone()}
     arguments |= batch_of([1], [1], int32(0).view(1, 1))
     ops.write_kv_cache(**arguments)

@@ -106,6 +106,28 @@ class DecoderLayer:
     def project_qkv(self, activations: Activations, is_first: bool) -> None: ...
     def after_attention(self, activations: Activations) -> None: ...
 
+class Decoder:
+    def __init__(
+        self,
+        *,
+        layers: list[DecoderLayer],
+        key_caches: list[Tensor],
+        value_caches: list[Tensor],
+        weights: dict[str, Tensor | PackedWeights],
+    ) -> None: ...
+    def forward(
+        self,
+        activations: Activations,
+        token_ids: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        query_offsets: Tensor,
+        context_lens: Tensor,
+        block_tables: Tensor,
+        logit_rows: Tensor,
+        logits: Tensor,
+    ) -> None: ...
+
 def build_info() -> dict[str, Any]: ...
 def set_num_threads(num_threads: int) -> None: ...
 def num_threads() -> int: ...

@@ -42,21 +42,25 @@ def bytes_per_block(config: ModelConfig, dtype: torch.dtype, block_size: int) ->
 
 
 class NativeAttention:
-    """moecore's CPU kernel: a row's bits depend on its own sequence and position only."""
+    """moecore's CPU kernel: a row's bits depend on its own sequence and position only.
+
+    Attributes:
+        keys, values: a cache for each layer, as `ops.write_kv_cache` describes it.
+    """
 
     block_size = ops.KV_BLOCK_SIZE
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, num_blocks: int) -> None:
         self._scale = config.head_dim**-0.5
-        shape = (num_blocks, config.num_kv_heads, self.block_size * config.head_dim)
-        self._keys = [_untouched(shape, dtype) for _ in range(config.num_layers)]
-        self._values = [_untouched(shape, dtype) for _ in range(config.num_layers)]
+        shape = (config.num_kv_heads, num_blocks, self.block_size * config.head_dim)
+        self.keys = [_untouched(shape, dtype) for _ in range(config.num_layers)]
+        self.values = [_untouched(shape, dtype) for _ in range(config.num_layers)]
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, out: Tensor
     ) -> None:
         where = (batch.query_offsets, batch.context_lens, batch.block_tables)
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = self.keys[layer], self.values[layer]
         ops.write_kv_cache(key, value, keys, values, *where)
         ops.paged_attention(query, keys, values, *where, scale=self._scale, out=out)
 

@@ -150,7 +150,7 @@ def write_kv_cache(
     Args:
         key: [T, Hk, D] float32 or bfloat16, rows contiguous; D even, at most 256.
         value: like `key`.
-        key_cache: [num_blocks, Hk, KV_BLOCK_SIZE * D] of key's dtype, contiguous; changed in place.
+        key_cache: [Hk, num_blocks, KV_BLOCK_SIZE * D] of key's dtype, contiguous; changed in place.
         value_cache: like `key_cache`.
         query_offsets: [S + 1] int32, non-decreasing from 0 to T.
         context_lens: [S] int32: each sequence's positions, those of this call included.

@@ -13,7 +13,8 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 class BlockPool:
     """The ids 0 .. num_blocks - 1 of equal cache blocks, each free or in use by one owner.
 
-    The block freed last is given out first: its memory is the likeliest to be in a cache.
+    The blocks freed last are given out first, since their memory is the likeliest to be in a cache,
+    and in the order of their return: so a sequence's blocks stay neighbours in memory.
 
     Args:
         num_blocks: at least 1.
@@ -73,14 +74,21 @@ class BlockPool:
             ValueError: an id is out of range, or its block is already free; the ids before it are
                 given back.
         """
-        for block_id in block_ids:
-            if not 0 <= block_id < self.num_blocks:
-                raise ValueError(
-                    f"BlockPool.free: block_ids must be in [0, {self.num_blocks}), got {block_id}"
-                )
-            if not self._in_use[block_id]:
-                raise ValueError(
-                    f"BlockPool.free: block_ids must be in use, got {block_id}, which is free"
-                )
-            self._in_use[block_id] = 0
-            self._free.append(block_id)
+        freed = []
+        try:
+            for block_id in block_ids:
+                self._check_in_use(block_id)
+                self._in_use[block_id] = 0
+                freed.append(block_id)
+        finally:
+            self._free += reversed(freed)
+
+    def _check_in_use(self, block_id: int) -> None:
+        if not 0 <= block_id < self.num_blocks:
+            raise ValueError(
+                f"BlockPool.free: block_ids must be in [0, {self.num_blocks}), got {block_id}"
+            )
+        if not self._in_use[block_id]:
+            raise ValueError(
+                f"BlockPool.free: block_ids must be in use, got {block_id}, which is free"
+            )

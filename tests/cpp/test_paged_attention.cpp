@@ -44,8 +44,8 @@ struct Sequence {
     /// Writes and attends `count` more tokens.
     void step(int64_t begin, int64_t count) {
         const int64_t elements = kKvBlockSize * shape.head_dim;
-        const KvCache cache{key_cache.view({num_blocks, shape.num_kv_heads, elements}),
-                            value_cache.view({num_blocks, shape.num_kv_heads, elements})};
+        const KvCache cache{key_cache.view({shape.num_kv_heads, num_blocks, elements}),
+                            value_cache.view({shape.num_kv_heads, num_blocks, elements})};
         Array offsets = int_array(DType::kInt32, {0, count});
         Array lens = int_array(DType::kInt32, {begin + count});
         const SequenceBatch batch{offsets.view({2}), lens.view({1}), table.view({1, num_blocks})};
@@ -170,7 +170,7 @@ void test_paged_attention_names_the_bad_argument() {
     bad([](auto& a) { a.cache.key = {}; }, "key_cache must");
     bad([](auto& a) { a.cache.key.dtype = DType::kInt32; }, "key_cache must");
     bad([](auto& a) { a.cache.key.strides[0] = -512; }, "key_cache must");
-    bad([](auto& a) { a.cache.key.shape[1] = 0; }, "key_cache must have at least one head");
+    bad([](auto& a) { a.cache.key.shape[0] = 0; }, "key_cache must have at least one head");
     bad([](auto& a) { a.cache.value.shape[0] = 1; }, "value_cache must");
     bad([](auto& a) { a.cache.value.device = kOtherDevice; }, "value_cache must");
     bad([](auto& a) { a.cache.value.data = a.cache.key.data; }, "key_cache must not overlap");

@@ -13,8 +13,8 @@ inline constexpr int kKvBlockSize = 64;
 inline constexpr int64_t kMaxHeadDim = 256;
 
 /// Keys and values of one layer, in blocks of 64 positions. Both tensors are contiguous
-/// [num_blocks, Hk, 64 * D], float32 or bfloat16, D even and at most 256. What they hold is written
-/// by write_kv_cache and read by paged_attention only; a block and a head may be moved as a whole.
+/// [Hk, num_blocks, 64 * D], float32 or bfloat16, D even and at most 256. What they hold is written
+/// by write_kv_cache and read by paged_attention only; a block of a head may be moved as a whole.
 ///
 /// The order inside one block of one head is that of the panels the GEMM tiles read, in units of
 /// 32-bit words (a pair of bfloat16, or one float32); c is the position mod 64, d an element:

@@ -34,4 +34,5 @@ PYBIND11_MODULE(_core, module) {
     moecore::bindings::bind_decoder_ops(module);
     moecore::bindings::bind_moe_layer(module);
     moecore::bindings::bind_decoder_layer(module);
+    moecore::bindings::bind_decoder(module);
 }

@@ -17,6 +17,7 @@ void bind_ops(pybind11::module_& module);
 void bind_decoder_ops(pybind11::module_& module);
 void bind_moe_layer(pybind11::module_& module);
 void bind_decoder_layer(pybind11::module_& module);
+void bind_decoder(pybind11::module_& module);
 
 /// The value of `known` that has this name. Throws InvalidArgument that lists the names.
 template <typename Enum, size_t N>

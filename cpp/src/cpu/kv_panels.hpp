@@ -42,7 +42,7 @@ struct KvPanels {
 private:
     int64_t block_offset(int64_t sequence, int64_t position, int64_t head) const {
         const int32_t* table = args.block_tables + sequence * args.block_table_stride;
-        return (table[position / kKvBlockSize] * args.num_kv_heads + head) * block_bytes();
+        return (head * args.num_blocks + table[position / kKvBlockSize]) * block_bytes();
     }
 };
 

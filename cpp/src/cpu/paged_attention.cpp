@@ -13,6 +13,10 @@ namespace {
 /// all of them and their sums stay in the first levels of cache. A multiple of kMaxTileRows.
 constexpr int64_t kMaxItemRows = 48;
 
+/// Blocks whose scores are taken before their values are read, for items of one tile: keys and
+/// values then arrive in long runs. More rows read a block from the nearest cache anyway.
+constexpr int64_t kBlocksAhead = 8;
+
 constexpr int kMaxValuePanels = static_cast<int>(kMaxHeadDim) / kPanelColumns;
 
 constexpr float kLog2e = 1.44269504088896341f;
@@ -34,7 +38,7 @@ struct Scratch {
     const char* queries[kMaxItemRows];  ///< each row's query
     char* targets[kMaxItemRows];        ///< each row's output
     int last_keys[kMaxItemRows];        ///< keys of its last block that the row sees
-    alignas(64) float scores[kMaxTileRows * kPanelColumns];
+    alignas(64) float scores[kBlocksAhead][kMaxTileRows * kPanelColumns];
     alignas(64) float weights[kMaxTileRows * kPanelColumns];  ///< for bfloat16 the first half
     alignas(64) float output[kMaxValuePanels][kMaxItemRows * kPanelColumns];
     alignas(64) float sums[kMaxItemRows * 16];
@@ -43,9 +47,8 @@ struct Scratch {
     alignas(64) float cleared_block[kKvBlockSize * kMaxHeadDim];
 };
 
-/// One kv head's 64 keys and values.
-struct Block {
-    const char* keys;
+/// One kv head's 64 values.
+struct ValueBlock {
     const char* values;
     const void* last_panel;  ///< of the values, 64 columns wide
     bool is_first, is_last;
@@ -112,11 +115,13 @@ private:
         const int64_t num_blocks = item.num_blocks();
         locate_rows(item, scratch);
         const int last_panel = panels_.num_value_panels() - 1;
+        const bool is_one_tile = item.count <= kMaxTileRows;
         for (int64_t b = 0; b < num_blocks; ++b) {
             const int64_t position = b * kKvBlockSize;
-            if (b + 1 < num_blocks) prefetch_block(item, position + kKvBlockSize);
-            Block block{
-                .keys = panels_.key_block(item.segment.sequence, position, item.kv_head),
+            if (is_one_tile && b % kBlocksAhead == 0)
+                for (int64_t i = b; i < std::min(num_blocks, b + kBlocksAhead); ++i)
+                    score(item, i, 0, static_cast<int>(item.count), scratch.scores[i - b], scratch);
+            ValueBlock block{
                 .values = panels_.value_block(item.segment.sequence, position, item.kv_head),
                 .is_first = b == 0,
                 .is_last = b == num_blocks - 1,
@@ -127,21 +132,13 @@ private:
                                        last_panel, scratch);
             for (int64_t row = 0; row < item.count;) {
                 const int rows = tile_rows(item.count - row);
-                add_block(block, row, rows, scratch);
+                float* scores = scratch.scores[is_one_tile ? b % kBlocksAhead : 0];
+                if (!is_one_tile) score(item, b, row, rows, scores, scratch);
+                add_block(block, row, rows, scores, scratch);
                 row += rows;
             }
         }
         return store(item.count, scratch);
-    }
-
-    /// Blocks lie anywhere, so no hardware prefetcher follows from one to the next.
-    void prefetch_block(const Item& item, int64_t position) const {
-        const char* keys = panels_.key_block(item.segment.sequence, position, item.kv_head);
-        const char* values = panels_.value_block(item.segment.sequence, position, item.kv_head);
-        for (int64_t byte = 0; byte < panels_.block_bytes(); byte += 64) {
-            __builtin_prefetch(keys + byte, 0, 2);
-            __builtin_prefetch(values + byte, 0, 2);
-        }
     }
 
     /// Full tiles, then what is left in two even ones: 8 rows as 4 + 4, not 6 + 2.
@@ -169,20 +166,27 @@ private:
         }
     }
 
-    void add_block(const Block& block, int64_t row, int rows, Scratch& scratch) const {
-        const bool is_bf16 = panels_.element_bytes == 2;
-        const auto multiply = (is_bf16 ? table_.tile_bf16 : table_.tile_f32)[rows];
-        // 1. Scores of the block's 64 keys.
-        GemmTile products{.rows = {},
-                          .panel = block.keys,
-                          .k_dim = args_.cache.head_dim,
-                          .sums = scratch.scores,
-                          .accumulate = false};
-        for (int m = 0; m < rows; ++m) products.rows[m] = scratch.queries[row + m];
-        multiply(products);
+    auto product_of(int rows) const {
+        return (panels_.element_bytes == 2 ? table_.tile_bf16 : table_.tile_f32)[rows];
+    }
 
-        // 2. Their weights, and what the new maximum does to the sums so far.
-        SoftmaxTile softmax{.scores = scratch.scores,
+    /// Products of queries row .. row + rows - 1 with the 64 keys of block `b`.
+    void score(const Item& item, int64_t b, int64_t row, int rows, float* scores,
+               const Scratch& scratch) const {
+        GemmTile products{
+            .rows = {},
+            .panel = panels_.key_block(item.segment.sequence, b * kKvBlockSize, item.kv_head),
+            .k_dim = args_.cache.head_dim,
+            .sums = scores,
+            .accumulate = false};
+        for (int m = 0; m < rows; ++m) products.rows[m] = scratch.queries[row + m];
+        product_of(rows)(products);
+    }
+
+    void add_block(const ValueBlock& block, int64_t row, int rows, float* scores,
+                   Scratch& scratch) const {
+        // 1. The weights of the scores, and what the new maximum does to the sums so far.
+        SoftmaxTile softmax{.scores = scores,
                             .weights = scratch.weights,
                             .maxima = scratch.maxima + row,
                             .sums = scratch.sums + row * 16,
@@ -198,10 +202,13 @@ private:
             softmax.num_keys[m] = block.is_last ? scratch.last_keys[row + m] : kKvBlockSize;
         table_.softmax(softmax);
 
-        // 3. Weights times values. Pairs of positions, so an odd number of keys rounds up: the
+        // 2. Weights times values. Pairs of positions, so an odd number of keys rounds up: the
         //    weight there is 0.
-        products.k_dim = ceil_div(softmax.num_keys[rows - 1], 2) * 2;
-        products.accumulate = !block.is_first;
+        GemmTile products{.rows = {},
+                          .panel = nullptr,
+                          .k_dim = ceil_div(softmax.num_keys[rows - 1], 2) * 2,
+                          .sums = nullptr,
+                          .accumulate = !block.is_first};
         for (int m = 0; m < rows; ++m)
             products.rows[m] = reinterpret_cast<const char*>(scratch.weights) +
                                m * kPanelColumns * panels_.element_bytes;
@@ -210,7 +217,7 @@ private:
                                  ? block.last_panel
                                  : block.values + panel * panels_.value_panel_bytes();
             products.sums = scratch.output[panel] + row * kPanelColumns;
-            multiply(products);
+            product_of(rows)(products);
         }
     }
 

@@ -10,7 +10,7 @@ void check_tensors(const Check& check, const KvCache& cache, const SequenceBatch
     check.dtype("key_cache", cache.key, {DType::kFloat32, DType::kBFloat16});
     check.shape("key_cache", cache.key, {Check::kAny, Check::kAny, kKvBlockSize * head_dim});
     check.contiguous("key_cache", cache.key);
-    check.that(cache.key.shape[1] >= 1, "key_cache must have at least one head, got ",
+    check.that(cache.key.shape[0] >= 1, "key_cache must have at least one head, got ",
                to_string(cache.key));
     check.dtype("value_cache", cache.value, {cache.key.dtype});
     check.shape("value_cache", cache.value,
@@ -35,8 +35,7 @@ void check_tensors(const Check& check, const KvCache& cache, const SequenceBatch
 }
 
 /// What a sequence says of itself must hold: its tokens, its length, and the blocks that it uses.
-void check_sequence(const Check& check, const KvCacheArgs& args, int64_t s, int64_t num_blocks,
-                    int64_t table_width) {
+void check_sequence(const Check& check, const KvCacheArgs& args, int64_t s, int64_t table_width) {
     const int64_t num_queries = int64_t{args.query_offsets[s + 1]} - args.query_offsets[s];
     check.that(num_queries >= 0, "query_offsets must not decrease, got ", args.query_offsets[s],
                " then ", args.query_offsets[s + 1], " at sequence ", s);
@@ -48,9 +47,9 @@ void check_sequence(const Check& check, const KvCacheArgs& args, int64_t s, int6
     if (num_queries == 0) return;
     const int32_t* table = args.block_tables + s * args.block_table_stride;
     for (int64_t b = 0; b * kKvBlockSize < length; ++b)
-        check.that(table[b] >= 0 && table[b] < num_blocks, "block_tables must be in [0, ",
-                   num_blocks, "), the blocks of the cache, got ", table[b], " at sequence ", s,
-                   ", block ", b);
+        check.that(table[b] >= 0 && table[b] < args.num_blocks, "block_tables must be in [0, ",
+                   args.num_blocks, "), the blocks of the cache, got ", table[b], " at sequence ",
+                   s, ", block ", b);
 }
 
 }  // namespace
@@ -65,7 +64,8 @@ KvCacheArgs checked_kv_cache(const Check& check, const char* op, const KvCache& 
     const KvCacheArgs args{
         .key = cache.key.data,
         .value = cache.value.data,
-        .num_kv_heads = cache.key.shape[1],
+        .num_kv_heads = cache.key.shape[0],
+        .num_blocks = cache.key.shape[1],
         .head_dim = head_dim,
         .query_offsets = batch.query_offsets.as<int32_t>(),
         .context_lens = batch.context_lens.as<int32_t>(),
@@ -78,7 +78,7 @@ KvCacheArgs checked_kv_cache(const Check& check, const char* op, const KvCache& 
                "query_offsets must go from 0 to ", num_tokens, ", the number of tokens, got ",
                args.query_offsets[0], " to ", args.query_offsets[args.num_sequences]);
     for (int64_t s = 0; s < args.num_sequences; ++s)
-        check_sequence(check, args, s, cache.key.shape[0], batch.block_tables.shape[1]);
+        check_sequence(check, args, s, batch.block_tables.shape[1]);
     return args;
 }
 

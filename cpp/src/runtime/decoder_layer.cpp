@@ -4,6 +4,7 @@
 
 #include "moecore/rms_norm.hpp"
 #include "moecore/rotary_embedding.hpp"
+#include "runtime/head_views.hpp"
 #include "runtime/weight_rules.hpp"
 
 namespace moecore {
@@ -62,14 +63,6 @@ void check_mlp(const WeightRules& rules, const DecoderConfig& config,
     rules.matrix("down", weights.down, {width, inner}, false);
 }
 
-/// `count` heads of every token, from head `first` of qkv on.
-TensorView heads(const TensorView& qkv, int64_t first, int64_t count, int64_t head_dim) {
-    TensorView view(qkv.as<char>() + static_cast<size_t>(first * head_dim) * size_of(qkv.dtype),
-                    qkv.dtype, {qkv.shape[0], count, head_dim}, qkv.device);
-    view.strides[0] = qkv.strides[0];
-    return view;
-}
-
 /// The same elements, a token's heads as one row.
 TensorView as_rows(const TensorView& heads) {
     TensorView view(heads.data, heads.dtype, {heads.shape[0], heads.shape[1] * heads.shape[2]},
@@ -122,8 +115,8 @@ void DecoderLayer::check_call(const Activations& activations) const {
 }
 
 void DecoderLayer::normalise_heads(const ActivationTensors& a, Stream stream) const {
-    TensorView query = heads(a.qkv, 0, config_.num_heads, config_.head_dim);
-    TensorView key = heads(a.qkv, config_.num_heads, config_.num_kv_heads, config_.head_dim);
+    TensorView query = heads_of(a.qkv, 0, config_.num_heads, config_.head_dim);
+    TensorView key = heads_of(a.qkv, config_.num_heads, config_.num_kv_heads, config_.head_dim);
     if (config_.qk_norm == QkNorm::kFullWidth) {
         query = as_rows(query);
         key = as_rows(key);
@@ -145,8 +138,8 @@ void DecoderLayer::before_attention(const Activations& activations, const Tensor
                                     const TensorView& cos_sin, bool is_first, Stream stream) const {
     project_qkv(activations, is_first, stream);
     const int64_t num_rotated = config_.num_heads + config_.num_kv_heads;
-    rotary_embedding(heads(activations.tensors().qkv, 0, num_rotated, config_.head_dim), positions,
-                     cos_sin, RotaryPairs::kHalves, stream);
+    rotary_embedding(heads_of(activations.tensors().qkv, 0, num_rotated, config_.head_dim),
+                     positions, cos_sin, RotaryPairs::kHalves, stream);
 }
 
 void DecoderLayer::after_attention(const Activations& activations, Workspace& workspace,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moecore import _core, ops
-from moecore.attention import Attention
+from moecore.attention import Attention, NativeAttention
 from moecore.batch import Batch
 from moecore.config import ModelConfig
 from moecore.loading import Source, WeightSlot
@@ -105,7 +105,7 @@ class DecoderLayer:
             self._mlp = MoE(place, prefix, hidden, config.moe, names, local_experts)
         else:
             self._mlp = MLP(place, f"{prefix}.mlp", hidden, config.intermediate_size)
-        self._native = _core.DecoderLayer(
+        self.native = _core.DecoderLayer(
             hidden_size=hidden,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -141,13 +141,13 @@ class DecoderLayer:
         """Add a.delta of the layer before to a.residual, and leave this layer's in a.delta."""
         is_first = self._index == 0
         if self._clip is None:
-            self._native.before_attention(a.native, batch.positions, cos_sin, is_first)
+            self.native.before_attention(a.native, batch.positions, cos_sin, is_first)
         else:
-            self._native.project_qkv(a.native, is_first)
+            self.native.project_qkv(a.native, is_first)
             a.qkv.clamp_(-self._clip, self._clip)
             ops.rotary_embedding(a.qk, batch.positions, cos_sin)
         attention(self._index, a.q, a.k, a.v, batch, out=a.attended)
-        self._native.after_attention(a.native)
+        self.native.after_attention(a.native)
 
 
 class CausalLM:
@@ -186,6 +186,7 @@ class CausalLM:
         ]
         self._norm = Parameter(place, "model.norm.weight", config.hidden_size)
         self._activations: dict[int, Activations] = {}
+        self._decoder: tuple[NativeAttention, _core.Decoder] | None = None
 
     def slots(self) -> list[WeightSlot]:
         """Every tensor of the checkpoint that this rank needs, and where it goes."""
@@ -214,13 +215,46 @@ class CausalLM:
         cos_sin [P, rotary_dim] float32 covers every position of the batch.
         """
         a = self._activations_of(batch.token_ids.shape[0])
+        if isinstance(attention, NativeAttention) and self.config.clip_qkv is None:
+            return self._forward_natively(a, batch, attention, cos_sin)
         ops.embedding(batch.token_ids, self._embedding, out=a.residual)
         for layer in self._layers:
             layer(a, cos_sin, attention, batch)
-        eps = self.config.rms_norm_eps
-        ops.rms_norm(a.delta, self._norm.value, eps, residual=a.residual, out=a.normed)
-        rows = a.normed[batch.logit_rows]
-        return ops.linear(rows, self._head_matrix, out_dtype=torch.float32)
+        rows = batch.logit_rows
+        normed = ops.rms_norm(
+            a.delta[rows], self._norm.value, self.config.rms_norm_eps, residual=a.residual[rows]
+        )
+        return ops.linear(normed, self._head_matrix, out_dtype=torch.float32)
+
+    def _forward_natively(
+        self, a: Activations, batch: Batch, attention: NativeAttention, cos_sin: Tensor
+    ) -> Tensor:
+        """The same in one call of the core, which knows this attention."""
+        if self._decoder is None or self._decoder[0] is not attention:
+            native = _core.Decoder(
+                layers=[layer.native for layer in self._layers],
+                key_caches=attention.keys,
+                value_caches=attention.values,
+                weights={
+                    "embedding": self._embedding,
+                    "final_norm": self._norm.value,
+                    "head": self._head_matrix,
+                },
+            )
+            self._decoder = (attention, native)
+        logits = torch.empty(len(batch.logit_rows), self.config.vocab_size)
+        self._decoder[1].forward(
+            a.native,
+            batch.token_ids,
+            batch.positions,
+            cos_sin,
+            batch.query_offsets,
+            batch.context_lens,
+            batch.block_tables,
+            batch.logit_rows,
+            logits,
+        )
+        return logits
 
     def _activations_of(self, num_tokens: int) -> Activations:
         """Buffers for T tokens; those of the last few T are kept, so that decode allocates none."""

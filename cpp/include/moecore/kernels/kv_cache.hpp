@@ -11,6 +11,7 @@ struct KvCacheArgs {
     void* key;
     void* value;
     int64_t num_kv_heads;          ///< Hk
+    int64_t num_blocks;            ///< of each head
     int64_t head_dim;              ///< D
     const int32_t* query_offsets;  ///< [S + 1]
     const int32_t* context_lens;   ///< [S]

@@ -1,0 +1,104 @@
+#include "moecore/decoder.hpp"
+
+#include <cmath>
+
+#include "moecore/embedding.hpp"
+#include "moecore/paged_attention.hpp"
+#include "moecore/rms_norm.hpp"
+#include "moecore/write_kv_cache.hpp"
+#include "runtime/head_views.hpp"
+#include "runtime/weight_rules.hpp"
+
+namespace moecore {
+namespace {
+
+const Check kCheck("Decoder");
+
+void check_layers(const std::vector<const DecoderLayer*>& layers) {
+    kCheck.that(!layers.empty(), "layers must hold at least one, got none");
+    for (size_t i = 0; i < layers.size(); ++i) {
+        kCheck.that(layers[i] != nullptr, "layers must not be null, got null at ", i);
+        const DecoderConfig& first = layers[0]->config();
+        const DecoderConfig& config = layers[i]->config();
+        const auto equal = [&](const char* name, int64_t value, int64_t expected) {
+            kCheck.that(value == expected, "layers must have one ", name, ", got ", expected,
+                        " at 0 and ", value, " at ", i);
+        };
+        equal("hidden_size", config.hidden_size, first.hidden_size);
+        equal("num_heads", config.num_heads, first.num_heads);
+        equal("num_kv_heads", config.num_kv_heads, first.num_kv_heads);
+        equal("head_dim", config.head_dim, first.head_dim);
+        kCheck.that(config.dtype == first.dtype, "layers must have one dtype, got ",
+                    name_of(first.dtype), " at 0 and ", name_of(config.dtype), " at ", i);
+    }
+}
+
+void check_caches(const DecoderParts& parts) {
+    kCheck.that(parts.caches.size() == parts.layers.size(), "caches must be one a layer, ",
+                parts.layers.size(), ", got ", parts.caches.size());
+    const DecoderConfig& config = parts.layers[0]->config();
+    for (const KvCache& cache : parts.caches) {
+        kCheck.shape("caches", cache.key,
+                     {config.num_kv_heads, Check::kAny, kKvBlockSize * config.head_dim});
+        kCheck.dtype("caches", cache.key, {config.dtype});
+    }
+}
+
+}  // namespace
+
+Decoder::Decoder(const DecoderParts& parts) : parts_(parts) {
+    check_layers(parts.layers);
+    check_caches(parts);
+    const DecoderConfig& config = parts.layers[0]->config();
+    const WeightRules rules{kCheck, config.dtype, device_of(parts.head)};
+    const GroupedGemmWeights& head = parts.head;
+    const int64_t vocab_size = head.packed ? head.packed->n() : head.plain.shape[0];
+    rules.matrix("head", head, {vocab_size, config.hidden_size}, false);
+    rules.matrix("embedding", parts.embedding, {vocab_size, config.hidden_size}, false);
+    rules.vector("final_norm", parts.final_norm, {config.hidden_size});
+}
+
+size_t Decoder::workspace_bytes(int64_t max_tokens) const {
+    const DecoderConfig& config = parts_.layers[0]->config();
+    size_t most = 3 * Workspace::bytes_for(config.dtype, {max_tokens, config.hidden_size});
+    for (const DecoderLayer* layer : parts_.layers)
+        most = std::max(most, layer->workspace_bytes(max_tokens));
+    return most;
+}
+
+void Decoder::forward(const DecoderBatch& batch, const Activations& activations,
+                      Workspace& workspace, const TensorView& logits, Stream stream) const {
+    const ActivationTensors& a = activations.tensors();
+    const DecoderConfig& config = parts_.layers[0]->config();
+    const int64_t dim = config.head_dim;
+    const auto scale = static_cast<float>(std::pow(static_cast<double>(dim), -0.5));
+
+    // 1. Embedding, then the layers.
+    embedding(batch.token_ids, parts_.embedding, a.residual, stream);
+    for (size_t i = 0; i < parts_.layers.size(); ++i) {
+        const DecoderLayer& layer = *parts_.layers[i];
+        layer.before_attention(activations, batch.positions, batch.cos_sin, i == 0, stream);
+        const TensorView query = heads_of(a.qkv, 0, config.num_heads, dim);
+        const TensorView key = heads_of(a.qkv, config.num_heads, config.num_kv_heads, dim);
+        const TensorView value =
+            heads_of(a.qkv, config.num_heads + config.num_kv_heads, config.num_kv_heads, dim);
+        write_kv_cache(key, value, parts_.caches[i], batch.sequences, stream);
+        paged_attention(query, parts_.caches[i], batch.sequences, scale,
+                        heads_of(a.attended, 0, config.num_heads, dim), stream);
+        layer.after_attention(activations, workspace, stream);
+    }
+
+    // 2. The rows that want logits, which are few of a prompt's.
+    kCheck.shape("logit_rows", batch.logit_rows, {Check::kAny});
+    const int64_t num_rows = batch.logit_rows.shape[0];
+    workspace.reset();
+    const TensorView residual = workspace.take(config.dtype, {num_rows, config.hidden_size});
+    const TensorView delta = workspace.take(config.dtype, {num_rows, config.hidden_size});
+    const TensorView normed = workspace.take(config.dtype, {num_rows, config.hidden_size});
+    embedding(batch.logit_rows, a.residual, residual, stream);
+    embedding(batch.logit_rows, a.delta, delta, stream);
+    rms_norm(delta, parts_.final_norm, config.rms_norm_eps, residual, normed, stream);
+    linear(normed, parts_.head, {}, {}, logits, stream);
+}
+
+}  // namespace moecore
