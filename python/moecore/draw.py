@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moecore import _core
 from moecore.sampling_params import SamplingParams
 
 # The likeliest token weighs 2**40: 2**22 tokens then sum to at most 2**62, and what is less likely
@@ -34,23 +35,24 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], noise: Sequence[float
     Returns:
         N token ids.
     """
-    weights = _weights(logits, params)
-    point = torch.tensor(noise, dtype=torch.float64).to(logits.device)[:, None]
+    tokens = [0] * len(params)
     ranked = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
-    if not ranked:
-        return [int(token) for token in _hit(weights.cumsum(dim=-1), point).tolist()]
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     whole = [i for i, p in enumerate(params) if not (p.top_k > 0 or p.top_p < 1.0)]
-    if whole:
-        tokens[whole] = _hit(take_rows(weights, whole).cumsum(dim=-1), point[whole])
-    if ranked:
-        tokens[ranked] = _draw_ranked(
-            take_rows(logits, ranked),
-            take_rows(weights, ranked),
-            point[ranked],
-            [params[i] for i in ranked],
-        )
-    return [int(token) for token in tokens.tolist()]
+    for rows, draw_rows in ((whole, _draw_whole), (ranked, _draw_ranked)):
+        if rows:
+            chosen = [params[i] for i in rows], [noise[i] for i in rows]
+            for i, token in zip(rows, draw_rows(take_rows(logits, rows), *chosen), strict=True):
+                tokens[i] = token
+    return tokens
+
+
+def argmax(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The first of each row's largest logits [N, V], and that logit; NaN if the row holds one."""
+    if logits.device.type == "cpu":
+        zeros = [0.0] * len(logits)
+        return _core.draw_tokens(logits, zeros, zeros, zeros)
+    largest, token_ids = logits.max(dim=-1)
+    return [int(token_id) for token_id in token_ids.tolist()], largest.tolist()
 
 
 def top_ids(logits: Tensor, k: int) -> Tensor:
@@ -80,10 +82,22 @@ def _weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return likelihood.mul_(_WEIGHT_OF_LIKELIEST).long()
 
 
+def _draw_whole(
+    logits: Tensor, params: Sequence[SamplingParams], noise: Sequence[float]
+) -> list[int]:
+    """Draw from all tokens of each row."""
+    if logits.device.type == "cpu":
+        temperature, min_p = [p.temperature for p in params], [p.min_p for p in params]
+        return _core.draw_tokens(logits, temperature, min_p, list(noise))[0]
+    sums = _weights(logits, params).cumsum(dim=-1)
+    return [int(token) for token in _hit(sums, _column(noise, logits)).tolist()]
+
+
 def _draw_ranked(
-    logits: Tensor, weights: Tensor, point: Tensor, params: Sequence[SamplingParams]
-) -> Tensor:
-    """Draw from each row's top_k tokens, and of these from those that reach top_p. Returns [N]."""
+    logits: Tensor, params: Sequence[SamplingParams], noise: Sequence[float]
+) -> list[int]:
+    """Draw from each row's top_k tokens, and of these from those that reach top_p."""
+    weights = _weights(logits, params)
     vocab_size = logits.shape[1]
     top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     width = max([k for k in top_k if k < vocab_size], default=0)
@@ -102,7 +116,12 @@ def _draw_ranked(
         width = min(width * _MORE_CANDIDATES, vocab_size)
     reaches_top_p = torch.searchsorted(sums, needed)
     kept = sums.minimum(sums.gather(1, reaches_top_p))
-    return ids.gather(1, _hit(kept, point)[:, None])[:, 0]
+    hits = _hit(kept, _column(noise, logits))[:, None]
+    return [int(token) for token in ids.gather(1, hits)[:, 0].tolist()]
+
+
+def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).to(like.device)[:, None]
 
 
 def _hit(sums: Tensor, point: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moecore.draw import draw, take_rows, top_ids
+from moecore.draw import argmax, draw, take_rows, top_ids
 from moecore.outputs import Logprob
 from moecore.sampling_params import SamplingParams
 
@@ -184,15 +184,15 @@ def _with_logprobs(
 
 
 def _argmax(logits: Tensor, samplers: list[RequestSampler]) -> list[int]:
-    """The first of each row's largest logits. Throws where that is no finite number."""
-    largest, token_ids = logits.max(dim=-1)
-    for row, value in enumerate(largest.tolist()):
+    """The first of each row's largest logits. Raises where that is no finite number."""
+    token_ids, largest = argmax(logits)
+    for row, value in enumerate(largest):
         if not math.isfinite(value):
             name = samplers[row].request_id
             where = f"row {row}" if name is None else f"request {name!r}"
             rule = "finite or -inf, and one of them finite"
             raise ValueError(f"sample: logits of {where} must be {rule}, got a maximum of {value}")
-    return [int(token_id) for token_id in token_ids.tolist()]
+    return token_ids
 
 
 def _check_logits(logits: Tensor, samplers: list[RequestSampler]) -> None:

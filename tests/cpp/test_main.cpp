@@ -26,6 +26,7 @@ int main() {
     test::add_packed_weights_tests(tests);
     test::add_combine_tests(tests);
     test::add_decoder_layer_tests(tests);
+    test::add_draw_tokens_tests(tests);
     test::add_embedding_tests(tests);
     test::add_moe_layer_tests(tests);
     test::add_paged_attention_tests(tests);

@@ -37,6 +37,7 @@ void add_grouped_gemm_argument_tests(std::vector<Test>& tests);
 void add_packed_weights_tests(std::vector<Test>& tests);
 void add_combine_tests(std::vector<Test>& tests);
 void add_decoder_layer_tests(std::vector<Test>& tests);
+void add_draw_tokens_tests(std::vector<Test>& tests);
 void add_embedding_tests(std::vector<Test>& tests);
 void add_moe_layer_tests(std::vector<Test>& tests);
 void add_paged_attention_tests(std::vector<Test>& tests);

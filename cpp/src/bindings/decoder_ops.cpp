@@ -1,4 +1,9 @@
+#include <pybind11/stl.h>
+
+#include <vector>
+
 #include "bindings/ops.hpp"
+#include "moecore/draw_tokens.hpp"
 #include "moecore/embedding.hpp"
 #include "moecore/paged_attention.hpp"
 #include "moecore/rms_norm.hpp"
@@ -78,6 +83,31 @@ void bind_decoder_ops(py::module_& module) {
         py::gil_scoped_release release;
         paged_attention(q, cache.cache(), cache.batch(), scale, out, q.current_stream());
     });
+
+    module.def("draw_tokens",
+               [](py::handle logits, const std::vector<float>& temperature,
+                  const std::vector<float>& min_p, const std::vector<double>& noise) {
+                   constexpr const char* kOp = "draw_tokens";
+                   const TensorArg rows(logits, kOp, "logits");
+                   if (min_p.size() != temperature.size() || noise.size() != temperature.size())
+                       throw InvalidArgument(
+                           concat(kOp, ": temperature, min_p and noise must be as many, got ",
+                                  temperature.size(), ", ", min_p.size(), ", ", noise.size()));
+                   std::vector<DrawParams> params;
+                   for (size_t n = 0; n < temperature.size(); ++n)
+                       params.push_back({temperature[n], min_p[n], noise[n]});
+                   std::vector<DrawnToken> tokens(params.size());
+                   {
+                       py::gil_scoped_release release;
+                       draw_tokens(rows, params, tokens);
+                   }
+                   py::list token_ids, maxima;
+                   for (const DrawnToken& token : tokens) {
+                       token_ids.append(token.token_id);
+                       maxima.append(token.maximum);
+                   }
+                   return py::make_tuple(token_ids, maxima);
+               });
 
     module.def("embedding", [](py::handle ids, py::handle weight, py::handle output) {
         constexpr const char* kOp = "embedding";

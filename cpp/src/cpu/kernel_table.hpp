@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "moecore/kernels/combine.hpp"
+#include "moecore/kernels/draw_tokens.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
 #include "moecore/kernels/rms_norm.hpp"
 #include "moecore/kernels/rotary_embedding.hpp"
@@ -91,6 +92,7 @@ struct KernelTable {
     void (*rotary_embedding)(const RotaryEmbeddingArgs& args, int64_t begin, int64_t end);
     void (*softmax)(const SoftmaxTile& tile);
     bool (*attention_row)(const AttentionRow& row);  ///< false if an element is not finite
+    void (*draw_tokens)(const DrawTokensArgs& args, int64_t begin, int64_t end);
 };
 
 const KernelTable& scalar_kernels();

@@ -6,6 +6,7 @@
 
 #include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/combine.hpp"
+#include "cpu/kernels/draw_tokens.hpp"
 #include "cpu/kernels/epilogue.hpp"
 #include "cpu/kernels/gemm_avx512.hpp"
 #include "cpu/kernels/math.hpp"
@@ -66,6 +67,7 @@ const KernelTable& avx512_kernels() {
         rotate_tokens,
         softmax_rows,
         store_attention_row,
+        draw_rows,
     };
     return table;
 }

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/combine.hpp"
+#include "cpu/kernels/draw_tokens.hpp"
 #include "cpu/kernels/epilogue.hpp"
 #include "cpu/kernels/gemm_avx512.hpp"
 #include "cpu/kernels/math.hpp"
@@ -69,6 +70,7 @@ const KernelTable& avx512_bf16_kernels() {
         rotate_tokens,
         softmax_rows,
         store_attention_row,
+        draw_rows,
     };
     return table;
 }

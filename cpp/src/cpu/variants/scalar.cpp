@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/combine.hpp"
+#include "cpu/kernels/draw_tokens.hpp"
 #include "cpu/kernels/epilogue.hpp"
 #include "cpu/kernels/math.hpp"
 #include "cpu/kernels/pack.hpp"
@@ -64,6 +65,7 @@ const KernelTable& scalar_kernels() {
         rotate_tokens,
         softmax_rows,
         store_attention_row,
+        draw_rows,
     };
     return table;
 }
