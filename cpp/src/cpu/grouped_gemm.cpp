@@ -1,7 +1,6 @@
 #include "moecore/kernels/grouped_gemm.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -16,8 +15,10 @@ namespace {
 constexpr int64_t kInputBytesPerUnit = 512 * 1024;
 constexpr int64_t kMaxRowsPerUnit = 240;  ///< a multiple of kMaxTileRows
 /// The same for a matrix unit, which needs more rows for each time it reads a panel.
-static const int64_t kInputBytesPerBlock = std::getenv("T_IN") ? std::atoll(std::getenv("T_IN")) : 1024 * 1024;
-static const int64_t kMinRowsPerBlock = std::getenv("T_MINR") ? std::atoll(std::getenv("T_MINR")) : 64;
+constexpr int64_t kMatrixInputBytes = 1024 * 1024;
+constexpr int64_t kMinMatrixRows = 64;
+constexpr int64_t kMatrixRows = 16;  ///< its tiles' rows
+static_assert(kMaxRowsPerUnit % kMatrixRows == 0, "sums of the rows after the last have a place");
 
 /// Plain weights are packed this much of K at a time, into a buffer that stays in cache.
 constexpr int64_t kPackedK = 512;
@@ -100,11 +101,11 @@ public:
           table_(kernels()),
           layout_{args.n, args.k_dim, is_gated(args.config.activation), args.dtype},
           element_bytes_(static_cast<int64_t>(size_of(args.dtype))) {
-        const int64_t row_bytes = std::max<int64_t>(args.k_dim * element_bytes_, 1);
+        const int64_t row_bytes = args.k_dim * element_bytes_;
         rows_per_block_ =
             has_matrix_unit()
-                ? std::clamp(kInputBytesPerBlock / row_bytes / 16 * 16, kMinRowsPerBlock,
-                             kMaxRowsPerUnit)
+                ? std::clamp(kMatrixInputBytes / row_bytes / kMatrixRows * kMatrixRows,
+                             kMinMatrixRows, kMaxRowsPerUnit)
                 : std::clamp<int64_t>(kInputBytesPerUnit / row_bytes / kMaxTileRows * kMaxTileRows,
                                       4 * kMaxTileRows, kMaxRowsPerUnit);
     }
@@ -134,16 +135,23 @@ private:
         return args_.dtype == DType::kBFloat16 && table_.block_bf16 != nullptr;
     }
 
-    /// The block's rows where they are, if they are evenly spaced there, else a copy of them.
+    /// The block's rows where they are, or a copy of them whose rows begin in all sets of the first
+    /// level cache. Rows that lie a multiple of 1 KB apart would displace each other there.
     EvenRows even_rows(const RowBlock& block) const {
-        const auto* first = static_cast<const uint16_t*>(input_row(block.begin));
-        if (args_.sorted_slots == nullptr || block.count == 1) return {first, args_.input_stride};
+        const int64_t read_rows = ceil_div(block.count, kMatrixRows) * kMatrixRows;
+        const bool is_even = args_.sorted_slots == nullptr || block.count == 1;
+        const bool is_spread = args_.input_stride * element_bytes_ % 1024 != 0;
+        const bool has_more_rows = block.begin + read_rows <= args_.num_rows;
+        if (is_even && (block.count <= kMatrixRows || (is_spread && has_more_rows)))
+            return {static_cast<const uint16_t*>(input_row(block.begin)), args_.input_stride};
+        constexpr int64_t kLineElements = 32;
+        const int64_t stride = (ceil_div(args_.k_dim, kLineElements) | 1) * kLineElements;
         static thread_local std::vector<uint16_t> copy;
-        copy.resize(std::max(copy.size(), static_cast<size_t>(block.count * args_.k_dim)));
+        copy.resize(std::max(copy.size(), static_cast<size_t>(read_rows * stride)));
         for (int64_t row = 0; row < block.count; ++row)
-            std::memcpy(copy.data() + row * args_.k_dim, input_row(block.begin + row),
+            std::memcpy(copy.data() + row * stride, input_row(block.begin + row),
                         static_cast<size_t>(args_.k_dim * element_bytes_));
-        return {copy.data(), args_.k_dim};
+        return {copy.data(), stride};
     }
 
     void multiply(const RowBlock& block, int64_t panel, const EvenRows& rows) const {

@@ -25,9 +25,7 @@ std::string ask_for_tiles() {
                   std::strerror(errno));
 }
 
-bool has_amx() {
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
-}
+bool has_amx() { return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16"); }
 #endif
 
 }  // namespace

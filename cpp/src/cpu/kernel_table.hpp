@@ -28,6 +28,7 @@ struct GemmTile {
 };
 
 /// A product of any number of evenly spaced bfloat16 rows with one panel, as GemmTile lays it out.
+/// If there are more than 16, up to 15 rows after the last may be read too, and their sums written.
 struct GemmBlock {
     const uint16_t* rows;  ///< the first row's first of k_dim elements
     int64_t row_stride;    ///< elements between rows

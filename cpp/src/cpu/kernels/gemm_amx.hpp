@@ -1,8 +1,9 @@
 #pragma once
 
-// Panel products on a matrix unit: 16 rows x 64 columns are four tiles of sums; each step multiplies
-// 32 of K of the rows (one tile) with the panel's (four tiles, which lie there as the unit wants
-// them). `Tiles` is the unit: the processor's, or a model of it in the tests.
+// Panel products on a matrix unit. A step multiplies 32 of K; four tiles of sums are 16 rows x 64
+// columns, or 32 rows x 32 columns where there are as many rows: four loads of factors for four
+// products rather than five. The panel lies as the unit wants it. `Tiles` is the unit: the
+// processor's, or a model of it in the tests.
 //
 // The unit adds the products of a step among themselves before it adds them to a sum, so the steps'
 // places along K decide a sum's bits: always multiples of 32 from the row's first element. Rows
@@ -10,7 +11,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include "cpu/kernel_table.hpp"
@@ -19,123 +19,129 @@ namespace moecore::cpu {
 namespace {
 
 constexpr int kTileRows = 16;
-constexpr int kStepK = 32;
 constexpr int kTileColumns = 16;
-constexpr int64_t kPanelStride = int64_t{kPanelColumns} * 2 * 2;  ///< bytes of a pair of K
-constexpr int64_t kSumsStride = int64_t{kPanelColumns} * 4;       ///< bytes
+constexpr int kStepK = 32;
+constexpr int64_t kPairBytes = int64_t{kPanelColumns} * 2 * 2;  ///< two of K in a panel
+constexpr int64_t kSumsBytes = int64_t{kPanelColumns} * 4;      ///< a row of sums
+constexpr int64_t kStepLines = kStepK / 2 * kPairBytes / 64;    ///< of memory, in a panel's step
+constexpr int64_t kResidentK = 256;                             ///< 32 KB of a panel
+constexpr int64_t kAheadOfPart = kResidentK / 2 * kPairBytes;   ///< bytes
+constexpr int64_t kAheadOfStep = 16384;                         ///< bytes
 
-inline int64_t tune(const char* name, int64_t def) {
-    const char* v = std::getenv(name);
-    return v ? std::atoll(v) : def;
-}
-static const int64_t kResidentK = tune("T_KB", 256);
-static const int64_t kDist1 = tune("T_D1", 8192);
-static const int64_t kDistN = tune("T_DN", 32768);
-static const int64_t kHint = tune("T_HINT", 1);
-
-/// Asks for lines of the panel in order, ahead of their use.
+/// Asks for a panel's lines in order, ahead of their use: tiles read every fourth line in turn,
+/// which the processor's own prefetchers do not follow.
 struct Ahead {
     const char* next;
-    int64_t lines;  ///< a step
+    int64_t lines_per_step;
 
     void step() {
-        if (kHint == 1)
-            for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
-        else
-            for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 3);
+        for (int64_t i = 0; i < lines_per_step; ++i, next += 64) __builtin_prefetch(next, 0, 2);
     }
 };
 
-template <typename Tiles>
-void add_step(const void* rows, int64_t row_stride, const char* lines, int64_t line_stride) {
-    Tiles::template load<4>(rows, row_stride);
-    Tiles::template load<5>(lines, line_stride);
-    Tiles::template multiply<0, 4, 5>();
-    Tiles::template load<6>(lines + 64, line_stride);
-    Tiles::template multiply<1, 4, 6>();
-    Tiles::template load<7>(lines + 128, line_stride);
-    Tiles::template multiply<2, 4, 7>();
-    Tiles::template load<5>(lines + 192, line_stride);
-    Tiles::template multiply<3, 4, 5>();
+/// Where four tiles of sums and their factors lie. As a pair: two tiles of rows, half the columns.
+struct TilePlace {
+    const uint16_t* rows;
+    int64_t row_stride;  ///< elements
+    const uint16_t* panel;
+    float* sums;
+    int rows_per_tile;
+};
+
+template <typename Tiles, bool kPair>
+void add_step(const TilePlace& place) {
+    constexpr int kPairedColumns = 2 * kTileColumns;  // a pair of K of a tile's columns
+    const int64_t row_bytes = place.row_stride * 2;
+    Tiles::template load<4>(place.rows, row_bytes);
+    Tiles::template load<6>(place.panel, kPairBytes);
+    Tiles::template multiply<0, 4, 6>();
+    Tiles::template load<7>(place.panel + kPairedColumns, kPairBytes);
+    Tiles::template multiply<1, 4, 7>();
+    if constexpr (kPair) {
+        Tiles::template load<5>(place.rows + place.rows_per_tile * place.row_stride, row_bytes);
+        Tiles::template multiply<2, 5, 6>();
+        Tiles::template multiply<3, 5, 7>();
+    } else {
+        Tiles::template load<6>(place.panel + 2 * kPairedColumns, kPairBytes);
+        Tiles::template multiply<2, 4, 6>();
+        Tiles::template load<7>(place.panel + 3 * kPairedColumns, kPairBytes);
+        Tiles::template multiply<3, 4, 7>();
+    }
 }
 
-template <typename Tiles>
-void load_sums(const float* sums, bool accumulate) {
-    if (!accumulate) {
+/// The last k_count < 32 of K as a whole step, with zeros.
+template <typename Tiles, bool kPair>
+void add_last_step(const TilePlace& place, int64_t k_count) {
+    alignas(64) uint16_t rows[2 * kTileRows][kStepK] = {};
+    alignas(64) uint16_t panel[kStepK / 2][2 * kPanelColumns] = {};
+    constexpr size_t kColumnBytes = kPairBytes / (kPair ? 2 : 1);
+    for (int row = 0; row < place.rows_per_tile * (kPair ? 2 : 1); ++row)
+        std::memcpy(rows[row], place.rows + row * place.row_stride,
+                    static_cast<size_t>(k_count) * sizeof(uint16_t));
+    for (int64_t pair = 0; 2 * pair < k_count; ++pair)
+        std::memcpy(panel[pair], place.panel + pair * 2 * kPanelColumns, kColumnBytes);
+    add_step<Tiles, kPair>({rows[0], kStepK, panel[0], nullptr, place.rows_per_tile});
+}
+
+template <typename Tiles, bool kPair>
+void multiply_tiles(TilePlace place, int64_t k_count, bool accumulate, Ahead& ahead) {
+    // The third and fourth tile: below the first ones, or beside them.
+    float* other_sums =
+        place.sums + (kPair ? place.rows_per_tile * kPanelColumns : 2 * kTileColumns);
+    if (accumulate) {
+        Tiles::template load<0>(place.sums, kSumsBytes);
+        Tiles::template load<1>(place.sums + kTileColumns, kSumsBytes);
+        Tiles::template load<2>(other_sums, kSumsBytes);
+        Tiles::template load<3>(other_sums + kTileColumns, kSumsBytes);
+    } else {
         Tiles::template zero<0>();
         Tiles::template zero<1>();
         Tiles::template zero<2>();
         Tiles::template zero<3>();
-        return;
     }
-    Tiles::template load<0>(sums, kSumsStride);
-    Tiles::template load<1>(sums + kTileColumns, kSumsStride);
-    Tiles::template load<2>(sums + 2 * kTileColumns, kSumsStride);
-    Tiles::template load<3>(sums + 3 * kTileColumns, kSumsStride);
-}
-
-template <typename Tiles>
-void store_sums(float* sums) {
-    Tiles::template store<0>(sums, kSumsStride);
-    Tiles::template store<1>(sums + kTileColumns, kSumsStride);
-    Tiles::template store<2>(sums + 2 * kTileColumns, kSumsStride);
-    Tiles::template store<3>(sums + 3 * kTileColumns, kSumsStride);
-}
-
-/// The last k_dim % 32 of K as a whole step, with zeros.
-template <typename Tiles>
-void add_last_step(const uint16_t* rows, int64_t row_stride, int num_rows, const uint16_t* panel,
-                   int64_t k_count) {
-    alignas(64) uint16_t padded_rows[kTileRows][kStepK] = {};
-    alignas(64) uint16_t padded_panel[kStepK * kPanelColumns] = {};
-    const auto row_bytes = static_cast<size_t>(k_count) * sizeof(uint16_t);
-    for (int row = 0; row < num_rows; ++row)
-        std::memcpy(padded_rows[row], rows + row * row_stride, row_bytes);
-    const int64_t num_pairs = (k_count + 1) / 2;
-    std::memcpy(padded_panel, panel, static_cast<size_t>(num_pairs * kPanelStride));
-    add_step<Tiles>(padded_rows, sizeof padded_rows[0],
-                    reinterpret_cast<const char*>(padded_panel), kPanelStride);
-}
-
-/// `num_tiles` tiles of `rows_per_tile` rows each, from `first_row` on.
-template <typename Tiles>
-void multiply_tiles(const GemmBlock& block, int64_t first_row, int64_t num_tiles,
-                    int rows_per_tile) {
-    Tiles::configure(rows_per_tile);
-    // One tile of rows runs through K at once. Several take turns on a part of the panel that stays
-    // in the first level cache, while the next part comes from memory.
-    const int64_t part = num_tiles == 1 ? std::max<int64_t>(block.k_dim, 1) : kResidentK;
-    const int64_t distance = num_tiles == 1 ? kDist1 : kDistN;
-    Ahead ahead{reinterpret_cast<const char*>(block.panel) + distance,
-                block.is_streamed && distance > 0 ? (kStepK / 2 * 4 + num_tiles - 1) / num_tiles : 0};
-    for (int64_t begin = 0; begin < block.k_dim; begin += part) {
-        const int64_t end = std::min(begin + part, block.k_dim);
-        for (int64_t tile = 0; tile < num_tiles; ++tile) {
-            const int64_t row = first_row + tile * rows_per_tile;
-            const uint16_t* rows = block.rows + row * block.row_stride;
-            float* sums = block.sums + row * kPanelColumns;
-            load_sums<Tiles>(sums, block.accumulate || begin > 0);
-            int64_t k = begin;
-            for (; k + kStepK <= end; k += kStepK) {
-                ahead.step();
-                add_step<Tiles>(rows + k, block.row_stride * 2,
-                                reinterpret_cast<const char*>(block.panel + k * kPanelColumns),
-                                kPanelStride);
-            }
-            if (k < end)
-                add_last_step<Tiles>(rows + k, block.row_stride, rows_per_tile,
-                                     block.panel + k * kPanelColumns, end - k);
-            store_sums<Tiles>(sums);
-        }
+    for (; k_count >= kStepK; k_count -= kStepK) {
+        ahead.step();
+        add_step<Tiles, kPair>(place);
+        place.rows += kStepK;
+        place.panel += kStepK * kPanelColumns;
     }
+    if (k_count > 0) add_last_step<Tiles, kPair>(place, k_count);
+    Tiles::template store<0>(place.sums, kSumsBytes);
+    Tiles::template store<1>(place.sums + kTileColumns, kSumsBytes);
+    Tiles::template store<2>(other_sums, kSumsBytes);
+    Tiles::template store<3>(other_sums + kTileColumns, kSumsBytes);
 }
 
 template <typename Tiles>
 void multiply_block(const GemmBlock& block) {
-    const int64_t num_tiles = block.num_rows / kTileRows;
-    const auto rest = static_cast<int>(block.num_rows % kTileRows);
-    if (num_tiles > 0) multiply_tiles<Tiles>(block, 0, num_tiles, kTileRows);
-    if (rest > 0) multiply_tiles<Tiles>(block, num_tiles * kTileRows, 1, rest);
+    // Tiles of equal height: one configuration serves all, and the last one runs over the end by
+    // less than a row a tile.
+    const int64_t num_tiles = (block.num_rows + kTileRows - 1) / kTileRows;
+    const auto rows_per_tile = static_cast<int>((block.num_rows + num_tiles - 1) / num_tiles);
+    // One tile of rows runs through K at once. Several take turns on a part of the panel that stays
+    // in the first level cache, while the next part comes from memory.
+    const int64_t part = num_tiles == 1 ? block.k_dim : kResidentK;
+    Ahead ahead{
+        reinterpret_cast<const char*>(block.panel) + (num_tiles == 1 ? kAheadOfStep : kAheadOfPart),
+        block.is_streamed ? (kStepLines + num_tiles - 1) / num_tiles : 0};
+    Tiles::configure(rows_per_tile);
+    for (int64_t k = 0; k < block.k_dim; k += part) {
+        const int64_t k_count = std::min(part, block.k_dim - k);
+        const bool accumulate = block.accumulate || k > 0;
+        TilePlace place{block.rows + k, block.row_stride, block.panel + k * kPanelColumns,
+                        block.sums, rows_per_tile};
+        int64_t tile = 0;
+        for (; tile + 2 <= num_tiles; tile += 2) {
+            TilePlace right = place;
+            right.panel += kPanelColumns;  // half of 64 pairs
+            right.sums += kPanelColumns / 2;
+            multiply_tiles<Tiles, true>(place, k_count, accumulate, ahead);
+            multiply_tiles<Tiles, true>(right, k_count, accumulate, ahead);
+            place.rows += 2 * rows_per_tile * block.row_stride;
+            place.sums += 2 * rows_per_tile * kPanelColumns;
+        }
+        if (tile < num_tiles) multiply_tiles<Tiles, false>(place, k_count, accumulate, ahead);
+    }
     Tiles::release();
 }
 

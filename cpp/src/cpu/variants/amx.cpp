@@ -10,7 +10,7 @@ namespace {
 /// assembler: GCC's own wrappers take literal tile numbers only, and do not tell the compiler which
 /// memory they use.
 struct HardwareTiles {
-    /// Tiles 0 .. 4 (sums and rows) have `num_rows` rows, 5 .. 7 (the panel) sixteen lines.
+    /// Tiles 0 .. 5 (sums and rows) have `num_rows` rows, 6 and 7 (the panel) sixteen lines.
     static void configure(int num_rows) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -19,7 +19,7 @@ struct HardwareTiles {
         } config;
         for (int tile = 0; tile < 8; ++tile) {
             config.row_bytes[tile] = 64;
-            config.rows[tile] = static_cast<uint8_t>(tile < 5 ? num_rows : kTileRows);
+            config.rows[tile] = static_cast<uint8_t>(tile < 6 ? num_rows : kTileRows);
         }
         asm volatile("ldtilecfg %0" : : "m"(config));
     }
