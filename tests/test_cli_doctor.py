@@ -128,6 +128,18 @@ def test_doctor_sees_a_forced_instruction_set():
     assert out == f"note MOECORE_CPU_ISA holds it back: unset it to use {supported[-1]}\n"
 
 
+def test_doctor_says_why_an_instruction_set_is_denied(monkeypatch):
+    import moecore
+
+    info = moecore.build_info()
+    info = {**info, "cpu_isa": info["cpu_isas"][-1], "cpu_isa_denied": "amx: refused"}
+    monkeypatch.setattr(checks, "_build_info", lambda: info)
+    check = checks._instruction_set("instruction set")
+    assert check.status == "note"
+    assert check.detail.endswith("; without amx: refused")
+    assert "allow it" in check.advice
+
+
 def test_doctor_misses_files_of_the_bundled_model(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     (tmp_path / "bundled").mkdir()

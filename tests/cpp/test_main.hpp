@@ -33,6 +33,7 @@ struct Test {
 void add_topk_routing_tests(std::vector<Test>& tests);
 void add_sort_by_expert_tests(std::vector<Test>& tests);
 void add_grouped_gemm_tests(std::vector<Test>& tests);
+void add_gemm_amx_tests(std::vector<Test>& tests);
 void add_grouped_gemm_argument_tests(std::vector<Test>& tests);
 void add_packed_weights_tests(std::vector<Test>& tests);
 void add_combine_tests(std::vector<Test>& tests);

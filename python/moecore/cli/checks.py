@@ -64,8 +64,11 @@ def _build(name: str) -> Check:
 def _instruction_set(name: str) -> Check:
     info = _build_info()
     supported, used = list(info["cpu_isas"]), str(info["cpu_isa"])
-    facts = {"supported": supported, "used": used}
+    denied = str(info["cpu_isa_denied"])
+    facts = {"supported": supported, "used": used, "denied": denied}
     detail = f"{used}, of {', '.join(supported)}"
+    if denied:
+        return Check(name, "note", f"{detail}; without {denied}", _ADVICE[name], facts)
     if used != supported[-1]:
         advice = f"MOECORE_CPU_ISA holds it back: unset it to use {supported[-1]}"
         return Check(name, "note", detail, advice, facts)
@@ -215,6 +218,11 @@ _CHECKS: dict[str, Callable[[str], Check]] = {
 _ADVICE = {
     "torch": "pip install 'torch>=2.10'",
     "build": "install moecore again: pip install --force-reinstall --no-deps moecore",
+    "instruction set": (
+        "prompts are computed faster with AMX: see that the kernel (5.16 or newer), the virtual"
+        " machine and the sandbox allow it, and that moecore is used before threads get small"
+        " signal stacks"
+    ),
     "OpenMP": "two pools of threads wait for each other: import torch before the other library",
     "GPUs": "build where nvcc is: pip install . --config-settings=cmake.define.MOECORE_CUDA=ON",
     "NCCL": "for several GPUs: pip install nvidia-nccl-cu13 (or -cu12, as torch's CUDA)",
