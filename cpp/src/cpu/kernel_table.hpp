@@ -62,7 +62,8 @@ struct PackLanes {
     int place_in_pair = -1;  ///< 0 or 1: row_stride is 2, and the element after (before) each
                              ///< row's may be read too; else -1
     int64_t k_dim;
-    void* panel;  ///< the panel's first k, at these columns
+    void* panel;               ///< the panel's first k, at these columns
+    bool past_caches = false;  ///< the panel is read much later, if at all by this thread
 };
 
 /// Scores of up to kMaxTileRows rows with one block of 64 keys, on their way to weights
