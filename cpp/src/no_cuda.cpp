@@ -9,6 +9,7 @@
 #include "moecore/kernels/memory.hpp"
 #include "moecore/kernels/rms_norm.hpp"
 #include "moecore/kernels/rotary_embedding.hpp"
+#include "moecore/kernels/route_and_sort.hpp"
 #include "moecore/kernels/sort_by_expert.hpp"
 #include "moecore/kernels/topk_routing.hpp"
 
@@ -25,6 +26,7 @@ namespace {
 
 void topk_routing(const TopkRoutingArgs&, Stream) { throw_no_cuda("topk_routing"); }
 void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_expert"); }
+void route_and_sort(const RouteAndSortArgs&, Stream) { throw_no_cuda("route_and_sort"); }
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
 void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }
