@@ -120,13 +120,19 @@ def test_what_lies_outside_a_table_is_nan_on_the_gpu():
 
 
 @needs_cuda
-def test_attention_on_the_gpu_names_torchs():
-    cache, rows = torch.zeros(1, 1, 512, device="cuda"), torch.zeros(1, 1, 8, device="cuda")
+def test_attention_on_the_gpu_names_what_it_cannot_take():
     batch = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 1], [1], [[0]])]
-    with pytest.raises(moecore.UnsupportedError, match="scaled_dot_product_attention"):
+    for head_dim, dtype in ((16, torch.float32), (8, torch.bfloat16)):
+        cache = torch.zeros(1, 1, 64 * head_dim, dtype=dtype, device="cuda")
+        rows = torch.zeros(1, 1, head_dim, dtype=dtype, device="cuda")
+        with pytest.raises(moecore.UnsupportedError, match="bfloat16 and the head size a multiple"):
+            ops.paged_attention(rows, cache, cache.clone(), *batch, scale=1.0)
+        with pytest.raises(moecore.UnsupportedError, match="bfloat16 and the head size a multiple"):
+            ops.write_kv_cache(rows, rows, cache, cache.clone(), *batch)
+    cache = torch.zeros(1, 1, 64 * 16, dtype=torch.bfloat16, device="cuda")
+    rows = torch.zeros(1, 33, dtype=torch.bfloat16, device="cuda")[:, 1:17].view(1, 1, 16)
+    with pytest.raises(ValueError, match="query must have its rows at multiples of 16 bytes"):
         ops.paged_attention(rows, cache, cache.clone(), *batch, scale=1.0)
-    with pytest.raises(moecore.UnsupportedError, match="scaled_dot_product_attention"):
-        ops.write_kv_cache(rows, rows, cache, cache.clone(), *batch)
 
 
 @needs_cuda

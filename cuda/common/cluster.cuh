@@ -3,6 +3,7 @@
 // Thread block clusters of sm_90. Before it, every block is a cluster of its own.
 
 #include <cstdint>
+#include <cstring>
 
 namespace moecore::cuda {
 
@@ -33,16 +34,19 @@ __device__ inline void cluster_sync() {
 #endif
 }
 
-/// The value at the same place of block `rank`'s shared memory as `local` is in this block's.
-/// REQUIRES: that block has not left.
-__device__ inline int32_t load_from_cluster(const int32_t* local, unsigned rank) {
+/// The 32-bit value at the same place of block `rank`'s shared memory as `local` is in this
+/// block's. REQUIRES: that block has not left.
+template <typename T>
+__device__ T load_from_cluster(const T* local, unsigned rank) {
+    static_assert(sizeof(T) == 4);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-    uint32_t remote = 0;
-    int32_t value = 0;
+    uint32_t remote = 0, value = 0;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
-    return value;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
+    T result;
+    memcpy(&result, &value, sizeof result);
+    return result;
 #else
     return *local;
 #endif

@@ -10,14 +10,16 @@ namespace moecore {
 struct KvCacheArgs {
     void* key;
     void* value;
+    int64_t num_blocks;            ///< of the cache
     int64_t num_kv_heads;          ///< Hk
     int64_t head_dim;              ///< D
     const int32_t* query_offsets;  ///< [S + 1]
     const int32_t* context_lens;   ///< [S]
     const int32_t* block_tables;   ///< [S, B]
     int64_t block_table_stride;
-    int64_t num_sequences;  ///< S >= 0
-    DType dtype;            ///< of key and value
+    int64_t block_table_width;  ///< B
+    int64_t num_sequences;      ///< S >= 0
+    DType dtype;                ///< of key and value
 };
 
 }  // namespace moecore
