@@ -76,9 +76,7 @@ CHUNKS = {
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
-def test_a_row_does_not_depend_on_how_its_prompt_is_cut(
-    num_heads, num_kv_heads, head_dim, chunks
-):
+def test_a_row_does_not_depend_on_how_its_prompt_is_cut(num_heads, num_kv_heads, head_dim, chunks):
     rows = make_rows(600, num_heads, num_kv_heads, head_dim)
     (want,) = attend([rows])
     (got,) = attend([rows], [chunks])

@@ -6,7 +6,6 @@ how many tokens it has drawn, never on other rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -186,13 +185,16 @@ def _with_logprobs(
 def _argmax(logits: Tensor, samplers: list[RequestSampler]) -> list[int]:
     """The first of each row's largest logits. Throws where that is no finite number."""
     largest, token_ids = logits.max(dim=-1)
-    for row, value in enumerate(largest.tolist()):
-        if not math.isfinite(value):
-            name = samplers[row].request_id
-            where = f"row {row}" if name is None else f"request {name!r}"
-            rule = "finite or -inf, and one of them finite"
-            raise ValueError(f"sample: logits of {where} must be {rule}, got a maximum of {value}")
-    return [int(token_id) for token_id in token_ids.tolist()]
+    # One transfer from the device brings the tokens and says whether all is well.
+    ids: list[int] = torch.where(largest.isfinite(), token_ids, -1).tolist()
+    if -1 in ids:
+        row = ids.index(-1)
+        name = samplers[row].request_id
+        where = f"row {row}" if name is None else f"request {name!r}"
+        rule = "finite or -inf, and one of them finite"
+        value = largest[row].item()
+        raise ValueError(f"sample: logits of {where} must be {rule}, got a maximum of {value}")
+    return ids
 
 
 def _check_logits(logits: Tensor, samplers: list[RequestSampler]) -> None:

@@ -208,25 +208,44 @@ class CausalLM:
         tied = (r"lm_head\.weight",) if self.config.tie_word_embeddings else ()
         return self._names.ignored + tied
 
-    def forward(self, batch: Batch, attention: Attention, cos_sin: Tensor) -> Tensor:
+    def activations(self, num_tokens: int) -> Activations:
+        """New buffers for passes of T tokens."""
+        return Activations(self._place, self.config, num_tokens)
+
+    def forward(
+        self,
+        batch: Batch,
+        attention: Attention,
+        cos_sin: Tensor,
+        *,
+        activations: Activations | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Run the batch's T tokens; return its logits [N, vocab_size] float32.
 
-        cos_sin [P, rotary_dim] float32 covers every position of the batch.
+        Args:
+            batch: on the model's device.
+            attention: holds the keys and values.
+            cos_sin: [P, rotary_dim] float32, for every position of the batch.
+            activations: of T tokens (default: buffers that the model keeps).
+            out: [N, vocab_size] float32 (default: new).
         """
-        a = self._activations_of(batch.token_ids.shape[0])
+        a = activations or self._activations_of(batch.token_ids.shape[0])
         ops.embedding(batch.token_ids, self._embedding, out=a.residual)
         for layer in self._layers:
             layer(a, cos_sin, attention, batch)
         eps = self.config.rms_norm_eps
         ops.rms_norm(a.delta, self._norm.value, eps, residual=a.residual, out=a.normed)
-        rows = a.normed[batch.logit_rows]
-        return ops.linear(rows, self._head_matrix, out_dtype=torch.float32)
+        # Rows are ascending: as many as tokens are all of them.
+        is_all = batch.logit_rows.shape[0] == batch.token_ids.shape[0]
+        rows = a.normed if is_all else a.normed[batch.logit_rows]
+        return ops.linear(rows, self._head_matrix, out=out, out_dtype=torch.float32)
 
     def _activations_of(self, num_tokens: int) -> Activations:
         """Buffers for T tokens; those of the last few T are kept, so that decode allocates none."""
         found = self._activations.pop(num_tokens, None)
         if found is None:
-            found = Activations(self._place, self.config, num_tokens)
+            found = self.activations(num_tokens)
             if len(self._activations) >= 4:
                 del self._activations[next(iter(self._activations))]
         self._activations[num_tokens] = found
