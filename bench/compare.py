@@ -1,6 +1,7 @@
 """moecore beside its peers, in one process and one run.
 
     python bench/compare.py layer ...   one layer's experts: transformers' implementations
+    python bench/compare.py layer --device cuda ...   the same on a GPU, and torch's operators
     python bench/compare.py model ...   whole models: transformers and, if installed, llama.cpp
 
 `--help` after either word shows its options.
@@ -13,7 +14,10 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in ("layer", "model"):
         sys.exit(__doc__)
     command = sys.argv.pop(1)
-    if command == "layer":
+    if command == "layer" and sys.argv[1:3] == ["--device", "cuda"]:
+        del sys.argv[1:3]
+        import compare_layer_cuda as chosen
+    elif command == "layer":
         import compare_layer as chosen
     else:
         import compare_model as chosen
