@@ -2,13 +2,13 @@
 
 Every prompt is random; each is computed, and then single tokens of all of them. Prints, for each
 number of sequences, milliseconds of a step (median), tokens a second and the share of the floor:
-the weights that a step reads (of the experts that so many random tokens meet) and the keys and
-values, at the read bandwidth measured here. o_proj is scaled by 0.1: else random weights average a
-prompt into one direction, and nearly all of its tokens choose the same experts.
+the weights that a step reads (of the experts met by one step that is looked at, not timed) and the
+keys and values, at the read bandwidth measured here. o_proj is scaled by 0.1: else random weights
+average a prompt into one direction, and nearly all of its tokens choose the same experts.
 
     python bench/compare.py model --device cuda [--model qwen3-30b-a3b] [--layers 48]
         [--batches 1,8,32,128] [--prompt 128] [--steps 48] [--temperature 0]
-        [--peers moecore,moecore-eager,transformers-grouped_mm] [--profile]
+        [--peers moecore,moecore-eager,transformers-grouped_mm]
 """
 
 from __future__ import annotations
@@ -68,18 +68,47 @@ COMMON = {
     "torch_dtype": "bfloat16",
 }
 
-Steps = Callable[[int], list[float]]  # seconds of each step of so many sequences
+# Of so many sequences: seconds of each step, and the experts that a layer meets in one
+Steps = Callable[[int], tuple[list[float], float]]
 
 
-def step_bytes(config: ModelConfig, batch: int, depth: float) -> float:
+def step_bytes(config: ModelConfig, batch: int, depth: float, met: float) -> float:
     """What one decode step reads: weights of the experts met, the others' once, keys and values."""
     moe, hidden = config.moe, config.hidden_size
-    met = moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** batch)
     experts = met * 3 * hidden * moe.intermediate_size
     attention = hidden * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
     cache = batch * depth * 2 * config.num_kv_heads * config.head_dim
     per_layer = experts + attention + hidden * moe.num_experts + cache
     return 2.0 * (config.num_layers * per_layer + hidden * config.vocab_size)
+
+
+def expected_experts(config: ModelConfig, batch: int) -> float:
+    """How many experts tokens meet that choose at random."""
+    moe = config.moe
+    return moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** batch)
+
+
+class Watched:
+    """A decoder layer that notes how many experts its tokens met."""
+
+    def __init__(self, layer: Any, top_k: int) -> None:
+        self._layer, self._top_k, self.met = layer, top_k, 0
+
+    def __call__(self, activations: Any, *arguments: Any) -> None:
+        self._layer(activations, *arguments)
+        self.met = len(activations.router_logits.float().topk(self._top_k).indices.unique())
+
+
+def watch_step(engine: Any, top_k: int) -> float:
+    """Compute one step kernel by kernel; return the mean number of experts met by a layer."""
+    runner = engine._runner
+    layers, graphs = runner._model._layers, runner._graphs
+    runner._model._layers = [Watched(layer, top_k) for layer in layers]
+    runner._graphs = None
+    engine.step()
+    met = statistics.mean(layer.met for layer in runner._model._layers)
+    runner._model._layers, runner._graphs = layers, graphs
+    return met
 
 
 def random_ids(config: ModelConfig, count: int) -> list[int]:
@@ -105,7 +134,7 @@ def moecore_steps(folder: Path, options: argparse.Namespace, eager: bool) -> Ste
         max_tokens=options.steps, temperature=options.temperature, ignore_eos=True
     )
 
-    def run(batch: int) -> list[float]:
+    def run(batch: int) -> tuple[list[float], float]:
         for i in range(batch):
             prompt = random_ids(config, options.prompt)
             engine.add_request(f"{batch}-{i}", prompt, params, stream=False)
@@ -113,41 +142,15 @@ def moecore_steps(folder: Path, options: argparse.Namespace, eager: bool) -> Ste
             s.num_uncached_tokens > 1 for s in engine.scheduler.running
         ):
             engine.step()
+        met = watch_step(engine, config.moe.top_k)
         seconds = []
         while engine.has_unfinished:
             begin = time.perf_counter()
             engine.step()
             seconds.append(time.perf_counter() - begin)
-        if options.profile:
-            profile_step(engine, config, params, batch, options.prompt)
-        return seconds
+        return seconds, met
 
     return run
-
-
-def profile_step(
-    engine: Any, config: ModelConfig, params: moecore.SamplingParams, batch: int, prompt: int
-) -> None:
-    """Print where the GPU's time of one decode step goes."""
-    from torch.profiler import ProfilerActivity, profile
-
-    for i in range(batch):
-        engine.add_request(f"p{i}", random_ids(config, prompt), params, stream=False)
-    while engine.scheduler.waiting or any(
-        s.num_uncached_tokens > 1 for s in engine.scheduler.running
-    ):
-        engine.step()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        engine.step()
-        torch.cuda.synchronize()
-    for i in range(batch):
-        engine.abort_request(f"p{i}")
-    total = sum(event.self_device_time_total for event in profiler.key_averages())
-    print(f"\nkernels of a step of {batch}: {total / 1e3:.2f} ms\n")
-    for event in sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)[:14]:
-        name = event.key.split("<")[0].split("::")[-1][:40]
-        print(f"{event.self_device_time_total / 1e3:8.3f} ms {event.count:5d} x {name}")
-    print(flush=True)
 
 
 def transformers_steps(folder: Path, options: argparse.Namespace, experts: str) -> Steps:
@@ -161,7 +164,7 @@ def transformers_steps(folder: Path, options: argparse.Namespace, experts: str) 
         layer.self_attn.o_proj.weight.data.mul_(0.1)
     model.set_experts_implementation(experts)
 
-    def run(batch: int) -> list[float]:
+    def run(batch: int) -> tuple[list[float], float]:
         prompt = torch.tensor([random_ids(config, options.prompt) for _ in range(batch)]).cuda()
         cache = DynamicCache(config=model.config)
         seconds = []
@@ -174,7 +177,7 @@ def transformers_steps(folder: Path, options: argparse.Namespace, experts: str) 
                 tokens = logits[:, -1].argmax(-1, keepdim=True)
                 tokens.tolist()
                 seconds.append(time.perf_counter() - begin)
-        return seconds
+        return seconds, expected_experts(config, batch)
 
     return run
 
@@ -194,7 +197,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--peers", default="moecore")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
     parser.set_defaults(batches=[1, 8, 32, 128])
     return parser.parse_args()
 
@@ -212,8 +214,8 @@ def main() -> None:
         f"torch {torch.__version__}; read {gbps:.0f} GB/s; {options.model}, "
         f"{settings['num_hidden_layers']} layers, prompts of {options.prompt}\n"
     )
-    print("| peer | sequences | floor ms | ms a step | min | tok/s | of floor |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| peer | sequences | experts met | floor ms | ms a step | min | tok/s | of floor |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(settings))
@@ -223,12 +225,12 @@ def main() -> None:
             print(f"<!-- {peer} was ready after {time.perf_counter() - begin:.1f} s -->")
             for batch in options.batches:
                 steps(batch)  # warms up
-                seconds = steps(batch)
+                seconds, met = steps(batch)
                 middle = statistics.median(seconds)
                 depth = options.prompt + options.steps / 2
-                floor = step_bytes(read_config(folder), batch, depth) / gbps / 1e9
+                floor = step_bytes(read_config(folder), batch, depth, met) / gbps / 1e9
                 print(
-                    f"| {peer} | {batch} | {floor * 1e3:.2f} | {middle * 1e3:.2f} | "
+                    f"| {peer} | {batch} | {met:.0f} | {floor * 1e3:.2f} | {middle * 1e3:.2f} | "
                     f"{min(seconds) * 1e3:.2f} | {batch / middle:.0f} | {floor / middle:.0%} |",
                     flush=True,
                 )

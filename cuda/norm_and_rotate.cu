@@ -48,24 +48,24 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
         static_cast<Element*>(rotary.x) + token * rotary.token_stride + head * rotary.head_stride;
 
     // 1. Norm.
-    float x[kPerLane];
+    const Weight* weights = static_cast<const Weight*>(norm.weight);
+    float x[kPerLane], weight[kPerLane];
     float partial[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
         const int column = i * kWarpSize + lane;
+        weight[i] = column < norm.width ? to_float(weights[column]) : 0.0f;
         x[i] = column < norm.width ? to_float(row[column]) : 0.0f;
         if (column < norm.width) partial[i % 2] = __fmaf_rn(x[i], x[i], partial[i % 2]);
     }
     const float mean = __fdiv_rn(norm_sum(partial[0], partial[1]), static_cast<float>(norm.width));
     const float scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, norm.eps)));
-    const Weight* weight = static_cast<const Weight*>(norm.weight);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
         const int column = i * kWarpSize + lane;
         if (column >= norm.width) continue;
         const Element rounded = from_float<Element>(__fmul_rn(x[i], scale));
-        const Element y =
-            from_float<Element>(__fmul_rn(to_float(weight[column]), to_float(rounded)));
+        const Element y = from_float<Element>(__fmul_rn(weight[i], to_float(rounded)));
         normed[warp][column] = to_float(y);
         if (column >= rotary.rotary_dim) row[column] = y;
     }

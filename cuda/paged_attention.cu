@@ -1,7 +1,7 @@
 // Causal attention of new tokens to a paged cache.
 //
-//   reads   keys and values of each sequence up to its last token, once for every 16 * kWarps rows;
-//           a row is one query head of one token, and the heads that share keys are neighbours
+//   reads   keys and values of each sequence up to its last token, once for every tile of rows; a
+//           row is one query head of one token, and the heads that share keys are neighbours
 //   writes  T * Hq * D * 2 bytes of output
 //
 // A cluster of blocks makes one tile of rows of one sequence and one head of the cache. Positions
@@ -35,11 +35,13 @@ constexpr int kMaxCluster = 8;
 constexpr int kTilesWanted = 264;  ///< blocks of a grid that fills the GPU: two for each of 132
 constexpr float kLog2e = 1.44269504088896341f;
 
-/// Shared memory of a block. kD: the head's size, rounded up.
-template <int kD, int kWarps>
+/// Shared memory of a block. kD: the head's size, rounded up. kRowWarps: how many warps have rows
+/// of their own; with 1, four warps share 16 rows.
+template <int kD, int kRowWarps>
 struct Shared {
-    static constexpr int kRows = kWarpRows * kWarps;
-    static constexpr int kStages = kD <= 64 ? 4 : kD <= 128 && kWarps == 1 ? 3 : 2;
+    static constexpr int kRows = kWarpRows * kRowWarps;
+    static constexpr int kThreads = (kRowWarps == 1 ? 4 : kRowWarps) * kWarpSize;
+    static constexpr int kStages = kD <= 64 ? 4 : 2;
     __nv_bfloat16 query[kRows * kD];
     __nv_bfloat16 key[kStages][kBlock * kD];
     __nv_bfloat16 value[kStages][kBlock * kD];
@@ -48,35 +50,38 @@ struct Shared {
     float result_max[kRows], result_sum[kRows];
     float total_max[kRows], total_sum[kRows];
     float scale_total[kRows][kMaxCluster], scale_result[kRows][kMaxCluster];
+    float quarter_sum[4][kRows];
+    SharedStep step;
 };
 
-/// Leaves a split's result for the cluster.
-template <int kD, int kWarps>
-__device__ void store_result(const Accumulator<kD>& acc, int lane, int warp,
-                             Shared<kD, kWarps>& shared) {
+/// Leaves a split's result for the cluster: of rows row, row + 8 and the columns from `column` on.
+/// Sums of quarters from `quarter` on go to quarter_sum.
+template <int kD, int kRowWarps, int kWidth, int kQuarters>
+__device__ void store_result(const Accumulator<kWidth, kQuarters>& acc, int row, int column,
+                             int quarter, int lane, Shared<kD, kRowWarps>& shared) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = warp * kWarpRows + half * 8 + lane / 4;
-        float sum = acc.sum[half];
-        sum += __shfl_xor_sync(kFullMask, sum, 1);
-        sum += __shfl_xor_sync(kFullMask, sum, 2);
-        if (lane % 4 == 0) {
-            shared.result_max[row] = acc.max[half];
-            shared.result_sum[row] = sum;
+    for (int half = 0; half < 2; ++half, row += 8) {
+#pragma unroll
+        for (int i = 0; i < kQuarters; ++i) {
+            float sum = acc.sum[half][i];
+            sum += __shfl_xor_sync(kFullMask, sum, 1);
+            sum += __shfl_xor_sync(kFullMask, sum, 2);
+            if (lane % 4 == 0) shared.quarter_sum[quarter + i][row] = sum;
         }
+        if (lane % 4 == 0 && quarter == 0) shared.result_max[row] = acc.max[half];
 #pragma unroll
-        for (int d = 0; d < kD / 8; ++d)
-            *reinterpret_cast<float2*>(&shared.result[row * kD + d * 8 + lane % 4 * 2]) =
+        for (int d = 0; d < kWidth / 8; ++d)
+            *reinterpret_cast<float2*>(&shared.result[row * kD + column + d * 8 + lane % 4 * 2]) =
                 make_float2(acc.output[d][2 * half], acc.output[d][2 * half + 1]);
     }
 }
 
 /// Adds the results of `count` blocks of the cluster to the rows' totals, in order. This block adds
-/// the columns from begin to end - 1; sums and maxima every block adds.
-template <int kD, int kWarps>
-__device__ void add_results(int count, int begin, int end, Shared<kD, kWarps>& shared) {
-    constexpr int kThreads = kWarps * kWarpSize;
-    constexpr int kRows = Shared<kD, kWarps>::kRows;
+/// 2^share_log2 columns from `begin` on; sums and maxima every block adds.
+template <int kD, int kRowWarps>
+__device__ void add_results(int count, int begin, int share_log2, Shared<kD, kRowWarps>& shared) {
+    constexpr int kThreads = Shared<kD, kRowWarps>::kThreads;
+    constexpr int kRows = Shared<kD, kRowWarps>::kRows;
     for (int row = threadIdx.x; row < kRows; row += kThreads) {
         float max = shared.total_max[row], sum = shared.total_sum[row];
         for (int b = 0; b < count; ++b) {
@@ -93,26 +98,31 @@ __device__ void add_results(int count, int begin, int end, Shared<kD, kWarps>& s
         shared.total_sum[row] = sum;
     }
     __syncthreads();  // the rows' scales are there
-    const int width = end - begin;
-    for (int i = threadIdx.x; i < kRows * width; i += kThreads) {
-        const int row = i / width, column = begin + i % width;
-        float total = shared.total[row * kD + column];
-        for (int b = 0; b < count; ++b)
-            total = fmaf(total, shared.scale_total[row][b],
-                         load_from_cluster(&shared.result[row * kD + column], b) *
-                             shared.scale_result[row][b]);
-        shared.total[row * kD + column] = total;
+    for (int i = threadIdx.x * 4; i < kRows << share_log2; i += kThreads * 4) {
+        const int row = i >> share_log2, column = begin + (i & ((1 << share_log2) - 1));
+        auto* target = reinterpret_cast<float4*>(&shared.total[row * kD + column]);
+        const auto* source = reinterpret_cast<const float4*>(&shared.result[row * kD + column]);
+        float4 total = *target;
+        for (int b = 0; b < count; ++b) {
+            const float4 result = load_from_cluster(source, b);
+            const float own = shared.scale_total[row][b], other = shared.scale_result[row][b];
+            total.x = fmaf(total.x, own, result.x * other);
+            total.y = fmaf(total.y, own, result.y * other);
+            total.z = fmaf(total.z, own, result.z * other);
+            total.w = fmaf(total.w, own, result.w * other);
+        }
+        *target = total;
     }
 }
 
-template <int kD, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+template <int kD, int kRowWarps>
+__global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
     paged_attention_kernel(const __grid_constant__ PagedAttentionArgs args) {
     extern __shared__ __align__(128) unsigned char memory[];
-    auto& shared = *reinterpret_cast<Shared<kD, kWarps>*>(memory);
-    constexpr int kThreads = kWarps * kWarpSize;
-    constexpr int kRows = Shared<kD, kWarps>::kRows;
-    constexpr int kStages = Shared<kD, kWarps>::kStages;
+    auto& shared = *reinterpret_cast<Shared<kD, kRowWarps>*>(memory);
+    constexpr int kThreads = Shared<kD, kRowWarps>::kThreads;
+    constexpr int kRows = Shared<kD, kRowWarps>::kRows;
+    constexpr int kStages = Shared<kD, kRowWarps>::kStages;
     const KvCacheArgs& cache = args.cache;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int cluster = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
@@ -138,8 +148,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     int64_t place = incoming < num_blocks ? cache_block(cache, tile.sequence, incoming) : -1;
     const auto copy_next = [&](int to_stage) {
         if (incoming < num_blocks) {
-            copy_block<kD, kWarps>(cache, place, incoming, head, context, shared.key[to_stage],
-                                   shared.value[to_stage]);
+            copy_block<kD, kThreads>(cache, place, incoming, head, context, shared.key[to_stage],
+                                     shared.value[to_stage]);
             incoming = next(incoming);
             if (incoming < num_blocks) place = cache_block(cache, tile.sequence, incoming);
         }
@@ -166,72 +176,90 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
         shared.total_max[row] = minus_infinity();
         shared.total_sum[row] = 0.0f;
     }
+    constexpr bool kTogether = kRowWarps == 1;
+    const int first_row = kTogether ? 0 : warp * kWarpRows;  // of this warp, in the tile
     int position[2];  // of this lane's rows; rows past the last see what the last sees
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int q = min(tile.first + warp * kWarpRows + half * 8 + lane / 4, last_row);
+        const int q = min(tile.first + first_row + half * 8 + lane / 4, last_row);
         position[half] = tile.first_position + q / group;
     }
 
     // 3. Rounds of one split for each block of the cluster.
-    const int share = kD / cluster, begin = rank * share;
+    const int share = kD / cluster, begin = rank * share, share_log2 = 31 - __clz(share);
     for (int round = 0; round * cluster < num_splits; ++round) {
         const int split = round * cluster + rank;
-        Accumulator<kD> acc;
+        Accumulator<kTogether ? kD / 4 : kD, kTogether ? 1 : 4> acc;
         const int last = min((split + 1) * kBlocksPerSplit, num_blocks);
         for (int block = split * kBlocksPerSplit; block < last; ++block) {
             wait_for_copies<kStages - 2>();
             __syncthreads();  // the block is there for all, and the stage before it is free
             copy_next((stage + kStages - 1) % kStages);
-            attend<kD>(query + chunk_offset<kD>(warp * kWarpRows, 0),
-                       shared_address(shared.key[stage]), shared_address(shared.value[stage]),
-                       args.scale * kLog2e, lane, block * kBlock, position, acc);
+            const uint32_t key = shared_address(shared.key[stage]);
+            const uint32_t value = shared_address(shared.value[stage]);
+            if constexpr (kTogether)
+                attend_together<kD>(query, key, value, args.scale * kLog2e, lane, warp,
+                                    block * kBlock, position, shared.step, acc);
+            else
+                attend<kD>(query + chunk_offset<kD>(first_row, 0), key, value, args.scale * kLog2e,
+                           lane, block * kBlock, position, acc);
             stage = (stage + 1) % kStages;
         }
-        if (split < num_splits) store_result(acc, lane, warp, shared);
+        if (split < num_splits)
+            store_result(acc, first_row + lane / 4, kTogether ? warp * (kD / 4) : 0,
+                         kTogether ? warp : 0, lane, shared);
+        __syncthreads();  // every quarter's sum is there
+        for (int row = threadIdx.x; row < kRows; row += kThreads)
+            shared.result_sum[row] = (shared.quarter_sum[0][row] + shared.quarter_sum[1][row]) +
+                                     (shared.quarter_sum[2][row] + shared.quarter_sum[3][row]);
         cluster_sync();  // every result of the round is there
-        add_results<kD, kWarps>(min(num_splits - round * cluster, cluster), begin, begin + share,
-                                shared);
+        add_results<kD, kRowWarps>(min(num_splits - round * cluster, cluster), begin, share_log2,
+                                   shared);
         cluster_sync();  // nobody reads the results any more
     }
 
     // 4. Divide and store. Adding 0 makes one zero of both.
-    const int64_t width = min(int64_t{begin + share}, cache.head_dim) - begin;
-    for (int i = threadIdx.x; i < kRows * share; i += kThreads) {
-        const int row = i / share, column = begin + i % share, q = tile.first + row;
-        if (q > last_row || column - begin >= width) continue;
-        const float x = __fdiv_rn(shared.total[row * kD + column], shared.total_sum[row]) + 0.0f;
-        static_cast<__nv_bfloat16*>(
-            args.output)[(tile.first_token + q / group) * args.output_strides.token +
-                         (int64_t{head} * group + q % group) * args.output_strides.head + column] =
-            __float2bfloat16_rn(x);
+    for (int i = threadIdx.x * 4; i < kRows << share_log2; i += kThreads * 4) {
+        const int row = i >> share_log2, column = begin + (i & (share - 1)), q = tile.first + row;
+        if (q > last_row || column >= cache.head_dim) continue;
+        const float4 total = *reinterpret_cast<const float4*>(&shared.total[row * kD + column]);
+        const float sum = shared.total_sum[row];
+        const int token = q / group;
+        auto* output = static_cast<__nv_bfloat16*>(args.output) +
+                       (tile.first_token + token) * args.output_strides.token +
+                       (int64_t{head} * group + q - token * group) * args.output_strides.head +
+                       column;
+        *reinterpret_cast<uint2*>(output) = make_uint2(
+            pack_bfloat16(__fdiv_rn(total.x, sum) + 0.0f, __fdiv_rn(total.y, sum) + 0.0f),
+            pack_bfloat16(__fdiv_rn(total.z, sum) + 0.0f, __fdiv_rn(total.w, sum) + 0.0f));
     }
 }
 
-template <int kD, int kWarps>
+template <int kD, int kRowWarps>
 void launch(const PagedAttentionArgs& args, Stream stream) {
     // Tiles of all sequences, at most: a sequence of n tokens has ceil(n * group / rows).
-    const int64_t rows = Shared<kD, kWarps>::kRows;
+    const int64_t rows = Shared<kD, kRowWarps>::kRows;
     const int64_t group = args.num_heads / args.cache.num_kv_heads;
     const int64_t tiles = std::min(args.num_tokens * ceil_div(group, rows),
                                    args.num_tokens * group / rows + args.cache.num_sequences);
     int64_t cluster = is_sm90() ? kMaxCluster : 1;
     while (cluster > 1 && tiles * args.cache.num_kv_heads * cluster > kTilesWanted) cluster /= 2;
-    const auto kernel = paged_attention_kernel<kD, kWarps>;
-    constexpr auto kBytes = sizeof(Shared<kD, kWarps>);
+    const auto kernel = paged_attention_kernel<kD, kRowWarps>;
+    constexpr auto kBytes = sizeof(Shared<kD, kRowWarps>);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
     const dim3 grid(static_cast<unsigned>(tiles * cluster),
                     static_cast<unsigned>(args.cache.num_kv_heads));
-    launch_dependent_clusters("paged_attention", kernel, grid, dim3(kWarps * kWarpSize),
-                              static_cast<unsigned>(cluster), kBytes, stream, args);
+    launch_dependent_clusters("paged_attention", kernel, grid,
+                              dim3(Shared<kD, kRowWarps>::kThreads), static_cast<unsigned>(cluster),
+                              kBytes, stream, args);
 }
 
 }  // namespace
 
 void paged_attention(const PagedAttentionArgs& args, Stream stream) {
     if (args.num_tokens == 0 || args.cache.num_sequences == 0) return;  // an empty grid is an error
-    // With one token a sequence there is little to share between warps, else keys and values.
+    // With one token a sequence, warps have 16 rows to share; with more, keys and values.
     const bool is_decode = args.num_tokens <= args.cache.num_sequences;
     const auto head_dim = static_cast<int>(args.cache.head_dim);
     dispatch_at_least(head_dim, std::integer_sequence<int, 64, 128, 256>{}, [&](auto size) {

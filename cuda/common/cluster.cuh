@@ -52,4 +52,21 @@ __device__ T load_from_cluster(const T* local, unsigned rank) {
 #endif
 }
 
+/// The same of four floats, 16-byte aligned.
+__device__ inline float4 load_from_cluster(const float4* local, unsigned rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+    uint32_t remote = 0;
+    float4 value;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "r"(remote)
+                 : "memory");
+    return value;
+#else
+    return *local;
+#endif
+}
+
 }  // namespace moecore::cuda

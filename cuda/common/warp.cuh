@@ -16,4 +16,15 @@ __device__ inline int inclusive_sum(int x, int lane) {
     return x;
 }
 
+/// The lanes whose `x` is this lane's; values are in [0, 2^num_bits). Ballots, because the
+/// instruction for it takes a step for every distinct value.
+__device__ inline unsigned equal_lanes(int x, int num_bits) {
+    unsigned equal = kFullMask;
+    for (int bit = 0; bit < num_bits; ++bit) {
+        const unsigned set = __ballot_sync(kFullMask, x >> bit & 1);
+        equal &= x >> bit & 1 ? set : ~set;
+    }
+    return equal;
+}
+
 }  // namespace moecore::cuda

@@ -18,7 +18,7 @@ namespace moecore::cuda {
 
 /// Bytes of shared memory that sort_slots needs.
 constexpr size_t sort_shared_bytes(int num_warps, int num_experts) {
-    return static_cast<size_t>((num_warps + 2) * num_experts + kWarpSize + 1) * sizeof(int32_t);
+    return static_cast<size_t>((num_warps + 3) * num_experts + kWarpSize + 1) * sizeof(int32_t);
 }
 
 /// Local id of a slot's expert, -1 if the slot is dropped.
@@ -28,10 +28,11 @@ __device__ inline int local_expert(const SortByExpertArgs& args, int64_t slot) {
 }
 
 /// Leaves each slot's rank among its expert's in this warp's segment in slot_to_row, -1 for a
-/// dropped one, and the number of each expert's in `counters`, which are zero before.
+/// dropped one, and the number of expert e's in counters[e * stride], which are zero before.
 __device__ inline void rank_segment(const SortByExpertArgs& args, int64_t begin, int64_t end,
-                                    int lane, int32_t* counters) {
-    constexpr int kSteps = 4;  // whose loads are in flight at a time
+                                    int lane, int32_t* counters, int stride) {
+    const int num_bits = 32 - __clz(args.num_local_experts);  // of E_local, which means dropped
+    constexpr int kSteps = 4;                                 // whose loads are in flight at a time
     for (int64_t first = begin; first < end; first += kSteps * kWarpSize) {
         int expert[kSteps];
 #pragma unroll
@@ -43,11 +44,14 @@ __device__ inline void rank_segment(const SortByExpertArgs& args, int64_t begin,
         for (int i = 0; i < kSteps; ++i) {
             if (first + i * kWarpSize >= end) break;  // the whole warp
             const int64_t slot = first + i * kWarpSize + lane;
-            const unsigned peers = __match_any_sync(kFullMask, expert[i]);
+            const bool is_kept = expert[i] >= 0;
+            const unsigned peers =
+                equal_lanes(is_kept ? expert[i] : args.num_local_experts, num_bits);
             const int lower = __popc(peers & ((1u << lane) - 1));
-            const int rank = expert[i] >= 0 ? counters[expert[i]] + lower : -1;
+            const int before = is_kept ? counters[expert[i] * stride] : 0;
+            const int rank = is_kept ? before + lower : -1;
             __syncwarp();  // every peer has read the counter
-            if (expert[i] >= 0 && lower == 0) counters[expert[i]] += __popc(peers);
+            if (is_kept && lower == 0) counters[expert[i] * stride] = before + __popc(peers);
             __syncwarp();  // the next step sees the new counters
             if (slot < end) args.slot_to_row[slot] = rank;
         }
@@ -81,29 +85,29 @@ __device__ inline void sort_slots(const SortByExpertArgs& args, int64_t begin, i
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int num_warps = blockDim.x / kWarpSize;
     const unsigned num_blocks = cluster_size(), block = cluster_rank();
-    int32_t* counters = shared;                                 // [num_warps, E_local]
-    int32_t* block_count = counters + num_warps * num_experts;  // [E_local], read by other blocks
-    int32_t* first_row = block_count + num_experts;             // [E_local]
-    int32_t* sums = first_row + num_experts;                    // [33]
+    // [E_local, num_warps], with a column to spare: a warp's experts are then in different banks,
+    // and so are an expert's warps.
+    const int stride = num_warps + 1;
+    int32_t* counters = shared;
+    int32_t* block_count = counters + stride * num_experts;  // [E_local], read by other blocks
+    int32_t* first_row = block_count + num_experts;          // [E_local]
+    int32_t* sums = first_row + num_experts;                 // [33]
 
     // 1. Rank every slot within its warp's segment.
-    for (int i = threadIdx.x; i < num_warps * num_experts; i += blockDim.x) counters[i] = 0;
+    for (int i = threadIdx.x; i < stride * num_experts; i += blockDim.x) counters[i] = 0;
     __syncthreads();  // counters are zero
     const int64_t steps = ceil_div(ceil_div(end - begin, kWarpSize), num_warps);
     const int64_t segment = min(begin + warp * steps * kWarpSize, end);
     const int64_t segment_end = min(segment + steps * kWarpSize, end);
-    rank_segment(args, segment, segment_end, lane, counters + warp * num_experts);
+    rank_segment(args, segment, segment_end, lane, counters + warp, stride);
     __syncthreads();  // counts are complete
 
     // 2. Turn the warps' counts into those of lower warps, and tell the cluster the block's.
-    for (int expert = threadIdx.x; expert < num_experts; expert += blockDim.x) {
-        int count = 0;
-        for (int w = 0; w < num_warps; ++w) {
-            const int in_segment = counters[w * num_experts + expert];
-            counters[w * num_experts + expert] = count;
-            count += in_segment;
-        }
-        block_count[expert] = count;
+    for (int expert = warp; expert < num_experts; expert += num_warps) {
+        const int count = lane < num_warps ? counters[expert * stride + lane] : 0;
+        const int up_to_here = inclusive_sum(count, lane);
+        if (lane < num_warps) counters[expert * stride + lane] = up_to_here - count;
+        if (lane == kWarpSize - 1) block_count[expert] = up_to_here;
     }
     cluster_sync();  // every block's counts are there
 
@@ -129,18 +133,18 @@ __device__ inline void sort_slots(const SortByExpertArgs& args, int64_t begin, i
     cluster_sync();  // no block reads another's counts any more; this block's first rows are there
 
     // 4. Place the slots, and mark the rows past R.
-    const int32_t* lower_warps = counters + warp * num_experts;
+    const int32_t* lower_warps = counters + warp;
 #pragma unroll 4
     for (int64_t slot = segment + lane; slot < segment_end; slot += kWarpSize) {
         const int expert = local_expert(args, slot);
         if (expert < 0) continue;
-        const int row = first_row[expert] + lower_warps[expert] + args.slot_to_row[slot];
+        const int row = first_row[expert] + lower_warps[expert * stride] + args.slot_to_row[slot];
         args.slot_to_row[slot] = row;
         args.sorted_slots[row] = static_cast<int32_t>(slot);
     }
-    const int64_t stride = int64_t{num_blocks} * blockDim.x;
+    const int64_t num_threads = int64_t{num_blocks} * blockDim.x;
     for (int64_t row = num_rows + int64_t{block} * blockDim.x + threadIdx.x; row < args.num_slots;
-         row += stride)
+         row += num_threads)
         args.sorted_slots[row] = -1;
 }
 

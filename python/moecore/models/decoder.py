@@ -39,13 +39,14 @@ class Activations:
         self.attended = attended.view(num_tokens, heads, dim)
         is_moe = config.moe_layers
         experts, inner = config.moe.num_experts, config.intermediate_size
+        self.router_logits = place.empty(num_tokens, experts) if any(is_moe) else None
         self.native = _core.Activations(
             residual=self.residual,
             normed=self.normed,
             delta=self.delta,
             qkv=self.qkv,
             attended=attended,
-            router_logits=place.empty(num_tokens, experts) if any(is_moe) else None,
+            router_logits=self.router_logits,
             inner=None if all(is_moe) else place.empty(num_tokens, inner),
         )
 
