@@ -1,7 +1,9 @@
 """moecore beside its peers, in one process and one run.
 
     python bench/compare.py layer ...   one layer's experts: transformers' implementations
+    python bench/compare.py layer --device cuda ...   the same on a GPU, and torch's operators
     python bench/compare.py model ...   whole models: transformers and, if installed, llama.cpp
+    python bench/compare.py model --device cuda ...   decode on a GPU, random weights
 
 `--help` after either word shows its options.
 """
@@ -13,8 +15,15 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in ("layer", "model"):
         sys.exit(__doc__)
     command = sys.argv.pop(1)
-    if command == "layer":
+    on_gpu = sys.argv[1:3] == ["--device", "cuda"]
+    if on_gpu:
+        del sys.argv[1:3]
+    if command == "layer" and on_gpu:
+        import compare_layer_cuda as chosen
+    elif command == "layer":
         import compare_layer as chosen
+    elif on_gpu:
+        import compare_model_cuda as chosen
     else:
         import compare_model as chosen
     chosen.main()

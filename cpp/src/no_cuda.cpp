@@ -7,10 +7,14 @@
 #include "moecore/kernels/embedding.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
 #include "moecore/kernels/memory.hpp"
+#include "moecore/kernels/norm_and_rotate.hpp"
+#include "moecore/kernels/paged_attention.hpp"
 #include "moecore/kernels/rms_norm.hpp"
 #include "moecore/kernels/rotary_embedding.hpp"
+#include "moecore/kernels/route_and_sort.hpp"
 #include "moecore/kernels/sort_by_expert.hpp"
 #include "moecore/kernels/topk_routing.hpp"
+#include "moecore/kernels/write_kv_cache.hpp"
 
 namespace moecore::cuda {
 namespace {
@@ -25,11 +29,16 @@ namespace {
 
 void topk_routing(const TopkRoutingArgs&, Stream) { throw_no_cuda("topk_routing"); }
 void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_expert"); }
+void route_and_sort(const RouteAndSortArgs&, Stream) { throw_no_cuda("route_and_sort"); }
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
 void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }
 void rms_norm(const RmsNormArgs&, Stream) { throw_no_cuda("rms_norm"); }
+void norm_and_rotate(const NormAndRotateArgs&, Stream) { throw_no_cuda("norm_and_rotate"); }
 void rotary_embedding(const RotaryEmbeddingArgs&, Stream) { throw_no_cuda("rotary_embedding"); }
+
+void write_kv_cache(const WriteKvCacheArgs&, Stream) { throw_no_cuda("write_kv_cache"); }
+void paged_attention(const PagedAttentionArgs&, Stream) { throw_no_cuda("paged_attention"); }
 
 DeviceScope::DeviceScope(int) {}
 DeviceScope::~DeviceScope() {}

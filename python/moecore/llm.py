@@ -49,6 +49,8 @@ class LLM:
         load_format: "auto" reads the checkpoint's weights; "dummy" makes random ones (for timing).
         revision: branch, tag or commit of a hub id.
         seed: of requests that bring none.
+        enforce_eager: on CUDA, launch decode passes kernel by kernel, and not as CUDA graphs:
+            slower, but starts sooner and takes less memory.
         expert_parallel_size: ranks that share the experts; 1 in this version.
         skip_tokenizer_init: run on token ids alone; prompts are then ids, and outputs have no text.
         use_tqdm: show progress while loading.
@@ -77,6 +79,7 @@ class LLM:
         load_format: str = "auto",
         revision: str | None = None,
         seed: int = 0,
+        enforce_eager: bool = False,
         expert_parallel_size: int = 1,
         skip_tokenizer_init: bool = False,
         use_tqdm: bool = True,
@@ -118,7 +121,13 @@ class LLM:
         )
         if place.type == "cuda":  # with the memory that the weights have left
             cache = plan_cache(self.config, number, place, *limits)
-        runner = ModelRunner(network, device=place, dtype=number, cache=cache)
+        runner = ModelRunner(
+            network,
+            device=place,
+            dtype=number,
+            cache=cache,
+            max_num_seqs=0 if enforce_eager else max_num_seqs,
+        )
         self._engine: Engine | None = Engine(
             runner,
             self._tokenizer,

@@ -80,7 +80,12 @@ def load_weights(
     return LoadReport(total, time.perf_counter() - begin)
 
 
-def dummy_weights(slots: Iterable[WeightSlot], dtype: torch.dtype, seed: int = 0) -> None:
+def dummy_weights(
+    slots: Iterable[WeightSlot],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> None:
     """Load every slot with random values instead of a checkpoint's, for tests of speed.
 
     Values are normal with deviation 0.02, drawn from a table of four million; integers are zero.
@@ -91,6 +96,7 @@ def dummy_weights(slots: Iterable[WeightSlot], dtype: torch.dtype, seed: int = 0
         slots: their first alternative says what load gets.
         dtype: as in `load_weights`.
         seed: any integer.
+        device: where the values are made, the same everywhere (default: the CPU).
     """
     generator = torch.Generator().manual_seed(_hash(f"{seed}"))
     table = torch.randn(_DUMMY_VALUES, generator=generator).mul_(_DUMMY_STD)
@@ -99,13 +105,13 @@ def dummy_weights(slots: Iterable[WeightSlot], dtype: torch.dtype, seed: int = 0
         slot_dtype = slot.dtype or dtype
         if slot_dtype not in tables:
             values = table if slot_dtype.is_floating_point else torch.zeros_like(table)
-            tables[slot_dtype] = values.to(slot_dtype).repeat(2)
+            tables[slot_dtype] = values.to(slot_dtype).repeat(2).to(device)
         slot.load(*(_dummy(s, tables[slot_dtype], seed) for s in slot.alternatives[0]))
 
 
 def _dummy(source: Source, table: Tensor, seed: int) -> Tensor:
     shape = source.shape if source.expert is None else source.shape[1:]
-    tensor = torch.empty(prod(shape), dtype=table.dtype)
+    tensor = torch.empty(prod(shape), dtype=table.dtype, device=table.device)
     start = _hash(f"{seed} {source}") % _DUMMY_VALUES
     for begin in range(0, tensor.numel(), _DUMMY_VALUES):
         part = tensor[begin : begin + _DUMMY_VALUES]

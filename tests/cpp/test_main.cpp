@@ -20,6 +20,7 @@ int main() {
     using namespace moecore;
     std::vector<test::Test> tests;
     test::add_topk_routing_tests(tests);
+    test::add_route_and_sort_tests(tests);
     test::add_sort_by_expert_tests(tests);
     test::add_grouped_gemm_tests(tests);
     test::add_gemm_amx_tests(tests);

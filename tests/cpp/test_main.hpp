@@ -31,6 +31,7 @@ struct Test {
 };
 
 void add_topk_routing_tests(std::vector<Test>& tests);
+void add_route_and_sort_tests(std::vector<Test>& tests);
 void add_sort_by_expert_tests(std::vector<Test>& tests);
 void add_grouped_gemm_tests(std::vector<Test>& tests);
 void add_gemm_amx_tests(std::vector<Test>& tests);

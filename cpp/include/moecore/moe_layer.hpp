@@ -66,7 +66,13 @@ public:
     const MoEConfig& config() const { return config_; }
 
 private:
-    void run_experts(const TensorView& hidden_states, const TensorView& topk_ids,
+    /// What sort_by_expert writes.
+    struct SortedSlots {
+        TensorView slots, slot_to_row, expert_offsets;
+    };
+
+    SortedSlots take_sorted(int64_t num_slots, Workspace& workspace) const;
+    void run_experts(const TensorView& hidden_states, const SortedSlots& sorted,
                      const TensorView& topk_weights, const TensorView& output, Workspace& workspace,
                      Stream stream) const;
     /// The shared expert's output [T, H] and, with a gate, its scale [T]; absent without one.

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "moecore/combine.hpp"
+#include "moecore/route_and_sort.hpp"
 #include "moecore/sort_by_expert.hpp"
 #include "runtime/weight_rules.hpp"
 
@@ -107,9 +108,11 @@ void MoELayer::forward(const TensorView& hidden_states, const TensorView& router
     const int64_t top_k = config_.routing.top_k;
     const TensorView topk_ids = workspace.take(DType::kInt32, {num_tokens, top_k});
     const TensorView topk_weights = workspace.take(DType::kFloat32, {num_tokens, top_k});
-    topk_routing(router_logits, weights_.selection_bias, config_.routing, topk_ids, topk_weights,
-                 stream);
-    run_experts(hidden_states, topk_ids, topk_weights, output, workspace, stream);
+    const SortedSlots sorted = take_sorted(num_tokens * top_k, workspace);
+    route_and_sort(router_logits, weights_.selection_bias, config_.routing, config_.first_expert,
+                   topk_ids, topk_weights, sorted.slots, sorted.slot_to_row, sorted.expert_offsets,
+                   stream);
+    run_experts(hidden_states, sorted, topk_weights, output, workspace, stream);
 }
 
 void MoELayer::forward_routed(const TensorView& hidden_states, const TensorView& topk_ids,
@@ -119,34 +122,38 @@ void MoELayer::forward_routed(const TensorView& hidden_states, const TensorView&
     kCheck.shape("topk_ids", topk_ids, {hidden_states.shape[0], config_.routing.top_k});
     kCheck.no_overlap("output", output, "topk_ids", topk_ids);
     workspace.reset();
-    run_experts(hidden_states, topk_ids, topk_weights, output, workspace, stream);
+    const SortedSlots sorted = take_sorted(topk_ids.num_elements(), workspace);
+    sort_by_expert(topk_ids, config_.first_expert, sorted.slots, sorted.slot_to_row,
+                   sorted.expert_offsets, stream);
+    run_experts(hidden_states, sorted, topk_weights, output, workspace, stream);
 }
 
-void MoELayer::run_experts(const TensorView& hidden_states, const TensorView& topk_ids,
+MoELayer::SortedSlots MoELayer::take_sorted(int64_t num_slots, Workspace& workspace) const {
+    return {
+        .slots = workspace.take(DType::kInt32, {num_slots}),
+        .slot_to_row = workspace.take(DType::kInt32, {num_slots}),
+        .expert_offsets = workspace.take(DType::kInt64, {config_.num_local_experts + 1}),
+    };
+}
+
+void MoELayer::run_experts(const TensorView& hidden_states, const SortedSlots& sorted,
                            const TensorView& topk_weights, const TensorView& output,
                            Workspace& workspace, Stream stream) const {
-    const int64_t num_slots = topk_ids.num_elements();
+    const int64_t num_slots = sorted.slots.num_elements();
     const int top_k = config_.routing.top_k;
 
-    // 1. Sort the slots by expert.
-    const TensorView sorted_slots = workspace.take(DType::kInt32, {num_slots});
-    const TensorView slot_to_row = workspace.take(DType::kInt32, {num_slots});
-    const TensorView expert_offsets =
-        workspace.take(DType::kInt64, {config_.num_local_experts + 1});
-    sort_by_expert(topk_ids, config_.first_expert, sorted_slots, slot_to_row, expert_offsets,
-                   stream);
-
-    // 2. Both GEMMs of the experts; the gather happens inside the first.
+    // 1. Both GEMMs of the experts; the gather happens inside the first.
     const TensorView inner = workspace.take(config_.dtype, {num_slots, config_.intermediate_size});
     const TensorView rows = workspace.take(config_.dtype, {num_slots, config_.hidden_size});
-    grouped_gemm(hidden_states, weights_.gate_up, weights_.gate_up_bias, expert_offsets,
-                 sorted_slots, top_k, config_.activation, inner, stream);
-    grouped_gemm(inner, weights_.down, weights_.down_bias, expert_offsets, {}, 1, {}, rows, stream);
+    grouped_gemm(hidden_states, weights_.gate_up, weights_.gate_up_bias, sorted.expert_offsets,
+                 sorted.slots, top_k, config_.activation, inner, stream);
+    grouped_gemm(inner, weights_.down, weights_.down_bias, sorted.expert_offsets, {}, 1, {}, rows,
+                 stream);
 
-    // 3. The shared expert, then every token's sum.
+    // 2. The shared expert, then every token's sum.
     TensorView shared_scale;
     const TensorView shared = run_shared(hidden_states, shared_scale, workspace, stream);
-    combine(rows, slot_to_row, topk_weights, shared, shared_scale, output, stream);
+    combine(rows, sorted.slot_to_row, topk_weights, shared, shared_scale, output, stream);
 }
 
 TensorView MoELayer::run_shared(const TensorView& hidden_states, TensorView& shared_scale,

@@ -39,13 +39,14 @@ class Activations:
         self.attended = attended.view(num_tokens, heads, dim)
         is_moe = config.moe_layers
         experts, inner = config.moe.num_experts, config.intermediate_size
+        self.router_logits = place.empty(num_tokens, experts) if any(is_moe) else None
         self.native = _core.Activations(
             residual=self.residual,
             normed=self.normed,
             delta=self.delta,
             qkv=self.qkv,
             attended=attended,
-            router_logits=place.empty(num_tokens, experts) if any(is_moe) else None,
+            router_logits=self.router_logits,
             inner=None if all(is_moe) else place.empty(num_tokens, inner),
         )
 
@@ -209,14 +210,35 @@ class CausalLM:
         tied = (r"lm_head\.weight",) if self.config.tie_word_embeddings else ()
         return self._names.ignored + tied
 
-    def forward(self, batch: Batch, attention: Attention, cos_sin: Tensor) -> Tensor:
+    def activations(self, num_tokens: int) -> Activations:
+        """New buffers for passes of T tokens."""
+        return Activations(self._place, self.config, num_tokens)
+
+    def forward(
+        self,
+        batch: Batch,
+        attention: Attention,
+        cos_sin: Tensor,
+        *,
+        activations: Activations | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Run the batch's T tokens; return its logits [N, vocab_size] float32.
 
-        cos_sin [P, rotary_dim] float32 covers every position of the batch.
+        Args:
+            batch: on the model's device.
+            attention: holds the keys and values.
+            cos_sin: [P, rotary_dim] float32, for every position of the batch.
+            activations: of T tokens (default: buffers that the model keeps).
+            out: [N, vocab_size] float32 (default: new).
         """
-        a = self._activations_of(batch.token_ids.shape[0])
+        a = activations or self._activations_of(batch.token_ids.shape[0])
+        if out is None:
+            shape = (batch.logit_rows.shape[0], self.config.vocab_size)
+            out = torch.empty(shape, dtype=torch.float32, device=self._place.device)
         if isinstance(attention, NativeAttention) and self.config.clip_qkv is None:
-            return self._forward_natively(a, batch, attention, cos_sin)
+            self._forward_natively(a, batch, attention, cos_sin, out)
+            return out
         ops.embedding(batch.token_ids, self._embedding, out=a.residual)
         for layer in self._layers:
             layer(a, cos_sin, attention, batch)
@@ -224,11 +246,16 @@ class CausalLM:
         normed = ops.rms_norm(
             a.delta[rows], self._norm.value, self.config.rms_norm_eps, residual=a.residual[rows]
         )
-        return ops.linear(normed, self._head_matrix, out_dtype=torch.float32)
+        return ops.linear(normed, self._head_matrix, out=out, out_dtype=torch.float32)
 
     def _forward_natively(
-        self, a: Activations, batch: Batch, attention: NativeAttention, cos_sin: Tensor
-    ) -> Tensor:
+        self,
+        a: Activations,
+        batch: Batch,
+        attention: NativeAttention,
+        cos_sin: Tensor,
+        logits: Tensor,
+    ) -> None:
         """The same in one call of the core, which knows this attention."""
         if self._decoder is None or self._decoder[0] is not attention:
             native = _core.Decoder(
@@ -242,7 +269,6 @@ class CausalLM:
                 },
             )
             self._decoder = (attention, native)
-        logits = torch.empty(len(batch.logit_rows), self.config.vocab_size)
         self._decoder[1].forward(
             a.native,
             batch.token_ids,
@@ -254,13 +280,12 @@ class CausalLM:
             batch.logit_rows,
             logits,
         )
-        return logits
 
     def _activations_of(self, num_tokens: int) -> Activations:
         """Buffers for T tokens; those of the last few T are kept, so that decode allocates none."""
         found = self._activations.pop(num_tokens, None)
         if found is None:
-            found = Activations(self._place, self.config, num_tokens)
+            found = self.activations(num_tokens)
             if len(self._activations) >= 4:
                 del self._activations[next(iter(self._activations))]
         self._activations[num_tokens] = found

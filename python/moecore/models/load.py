@@ -31,7 +31,7 @@ def load_model(
     names = family_of(config.model_type).NAMES
     if dummy_seed is not None:
         model = CausalLM(config, names, device=device, dtype=dtype)
-        dummy_weights(model.slots(), dtype=dtype, seed=dummy_seed)
+        dummy_weights(model.slots(), dtype=dtype, seed=dummy_seed, device=device)
         return model
     checkpoint = Checkpoint.open(folder)
     model = CausalLM(config, names, device=device, dtype=dtype)
