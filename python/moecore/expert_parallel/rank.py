@@ -1,0 +1,117 @@
+"""One rank of a group: its model on its transport. Rank 0 and the others alike."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecore import _core
+from moecore.assembly import Assembly
+from moecore.batch import Batch
+from moecore.engine import Engine
+from moecore.model_runner import CachePlan, ModelRunner
+from moecore.outputs import RequestOutput
+from moecore.transport import Transport
+
+
+class GroupRunner:
+    """A ModelRunner whose passes are those of the whole group.
+
+    Attributes:
+        num_passes: passes that went through.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.block_size = runner.block_size
+        self.num_blocks = runner.num_blocks
+        self.vocab_size = runner.vocab_size
+        self.max_model_len = runner.max_model_len
+        self.num_passes = 0
+
+    def run(self, batch: Batch) -> Tensor:
+        logits = self._runner.run(batch)
+        self.num_passes += 1
+        return logits
+
+    def join(self) -> None:
+        """Take part in a pass with no tokens of this rank's own."""
+        self._runner.join()
+        self.num_passes += 1
+
+
+class Rank:
+    """A rank's model and engine.
+
+    Args:
+        assembly: the model, read and checked; `load` loads this rank's weights.
+        transport: this rank's; closed with it.
+        num_threads: of the core and of torch.
+    """
+
+    def __init__(self, assembly: Assembly, transport: Transport, num_threads: int) -> None:
+        self._assembly = assembly
+        self.transport = transport
+        self._threads_before = _core.num_threads(), torch.get_num_threads()
+        set_threads(num_threads, num_threads)
+        self._runner: GroupRunner | None = None
+        self._engine: Engine | None = None
+
+    def load(self, *, progress: bool, check: Callable[[], object] | None = None) -> CachePlan:
+        """Load the weights, until `check` raises; return the cache that would fit."""
+        return self._assembly.load(transport=self.transport, progress=progress, check=check)
+
+    def start(self, cache: CachePlan) -> Engine:
+        """Make the engine, with the cache on which all ranks agree."""
+        self._runner = GroupRunner(self._assembly.runner(cache))
+        self._engine = self._assembly.engine(self._runner)
+        return self._engine
+
+    def run_pass(self, number: int) -> list[RequestOutput]:
+        """Run the group's pass of that number, the first being 1, and return what it brought.
+
+        If this rank fails before its part is through, so does every other: see `has_run`.
+        """
+        assert self._engine is not None
+        assert self._runner is not None
+        try:
+            if self._engine.has_unfinished:
+                return self._engine.step()
+            self._runner.join()
+            return []
+        except BaseException as error:
+            if not self.has_run(number):
+                self.transport.abort(f"{type(error).__name__}: {error}")
+            raise
+
+    def has_run(self, number: int) -> bool:
+        """Whether this rank's part in pass `number` is through, so that no other waits for it."""
+        return self._runner is not None and self._runner.num_passes >= number
+
+    def close(self) -> None:
+        """Free the model, and give the threads back."""
+        self._engine = self._runner = None
+        self.transport.close()
+        set_threads(*self._threads_before)
+
+
+def set_threads(core: int, torch_threads: int) -> None:
+    """Choose the threads of this process: the core's, and torch's."""
+    _core.set_num_threads(core)
+    torch.set_num_threads(torch_threads)
+
+
+def open_transport(
+    plan: Mapping[str, Any], rank: int, size: int, device: torch.device, deadline: float
+) -> Transport:
+    """Join the transport that rank 0 has chosen; returns when every rank has."""
+    if plan["kind"] == "nccl":
+        unique_id = base64.b64decode(plan["unique_id"])
+        return Transport.nccl(unique_id, rank, size, device=str(device), deadline=deadline)
+    return Transport.shm(
+        plan["name"], rank, size, deadline=deadline, connect_deadline=max(deadline, 30.0)
+    )
