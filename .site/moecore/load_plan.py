@@ -1,0 +1,165 @@
+"""Which tensors of a checkpoint fill which weights of a model, all checked before any is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from moecore.checkpoint import Checkpoint
+from moecore.errors import FormatError
+from moecore.safetensors_header import TensorInfo, format_error
+
+_SHOWN_PROBLEMS = 8
+
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_OTHERS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the checkpoint, or one expert of it."""
+
+    name: str
+    shape: tuple[int, ...]  # of the tensor in the file
+    expert: int | None = None  # take this index of the first dimension
+
+    def __str__(self) -> str:
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """A place in the model, and where its weights are found.
+
+    `load` is called once, with one tensor for each source of the first alternative whose names are
+    all in the checkpoint. The tensors may be views of a mapped file: load copies, and keeps none of
+    them. Different slots may load at once, on different threads.
+    """
+
+    alternatives: tuple[tuple[Source, ...], ...]
+    load: Callable[..., object]
+    dtype: torch.dtype | None = None  # of the tensors that load gets (default: load_weights' dtype)
+
+
+class Job(NamedTuple):
+    """One slot, and all that it reads."""
+
+    slot: WeightSlot
+    sources: tuple[Source, ...]
+    dtype: torch.dtype  # of the tensors that load gets
+    nbytes: int  # in the files
+
+
+def plan_load(
+    checkpoint: Checkpoint,
+    slots: Sequence[WeightSlot],
+    dtype: torch.dtype,
+    ignore: Sequence[str],
+) -> list[Job]:
+    """Jobs in the order of the files; FormatError if anything does not fit. See load_weights."""
+    ignored = _compile(ignore)
+    tensors = checkpoint.tensors
+    chosen: list[tuple[WeightSlot, tuple[Source, ...]]] = []
+    known: set[str] = set()
+    problems: list[FormatError] = []
+    for slot in slots:
+        known.update(source.name for sources in slot.alternatives for source in sources)
+        found = next((a for a in slot.alternatives if all(s.name in tensors for s in a)), None)
+        if found is None:
+            problems.extend(_missing(checkpoint, slot))
+        else:
+            chosen.append((slot, found))
+            for source in found:
+                problems.extend(_misfits(tensors[source.name], source, slot.dtype or dtype))
+    for info in tensors.values():
+        if info.name not in known and not any(pattern.search(info.name) for pattern in ignored):
+            what = f"{info.dtype} of shape {list(info.shape)}"
+            problems.append(
+                format_error(info.name, info.file, "no tensor that the model does not use", what)
+            )
+    if problems:
+        raise _summary(checkpoint, problems)
+    order = {name: position for position, name in enumerate(tensors)}
+    chosen.sort(key=lambda choice: (order[choice[1][0].name], choice[1][0].expert or 0))
+    return [_job(tensors, slot, sources, slot.dtype or dtype) for slot, sources in chosen]
+
+
+def _job(
+    tensors: Mapping[str, TensorInfo],
+    slot: WeightSlot,
+    sources: tuple[Source, ...],
+    dtype: torch.dtype,
+) -> Job:
+    nbytes = 0
+    for source in sources:
+        info = tensors[source.name]
+        nbytes += info.nbytes if source.expert is None else info.nbytes // info.shape[0]
+    return Job(slot, sources, dtype, nbytes)
+
+
+def _missing(checkpoint: Checkpoint, slot: WeightSlot) -> Iterator[FormatError]:
+    """What lacks to the alternative that lacks least."""
+
+    def lacking(sources: tuple[Source, ...]) -> list[Source]:
+        return [source for source in sources if source.name not in checkpoint.tensors]
+
+    nearest = min(slot.alternatives, key=lambda sources: len(lacking(sources)))
+    others = [
+        " + ".join(source.name for source in sources)
+        for sources in slot.alternatives
+        if sources is not nearest
+    ]
+    instead = f" (or instead {', or '.join(others)})" if others else ""
+    for source in lacking(nearest):
+        expected = f"a tensor of shape {list(source.shape)}{instead}"
+        yield format_error(source.name, checkpoint.folder.name, expected, "none")
+
+
+def _misfits(info: TensorInfo, source: Source, dtype: torch.dtype) -> Iterator[FormatError]:
+    found = f"shape {list(info.shape)}"
+    if info.shape != source.shape:
+        yield format_error(info.name, info.file, f"shape {list(source.shape)}", found)
+    elif source.expert is not None and not 0 <= source.expert < (*info.shape, 0)[0]:
+        yield format_error(info.name, info.file, f"an expert {source.expert}", found)
+    converts = info.dtype in _FLOATS and dtype in _FLOATS.values()
+    if not converts and _OTHERS.get(info.dtype) != dtype:
+        expected = f"a dtype that can become {str(dtype).removeprefix('torch.')}"
+        yield format_error(info.name, info.file, expected, info.dtype)
+
+
+def _summary(checkpoint: Checkpoint, problems: list[FormatError]) -> FormatError:
+    lines = [f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
+    if len(problems) > _SHOWN_PROBLEMS:
+        lines.append(f"  and {len(problems) - _SHOWN_PROBLEMS} more")
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    header = f"load_weights: checkpoint must fit the model, got {count}"
+    return FormatError("\n".join([f"{header} in {checkpoint.folder}:", *lines]))
+
+
+def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    try:
+        if isinstance(patterns, str):
+            raise TypeError
+        return [re.compile(pattern) for pattern in patterns]
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"load_weights: ignore must be a list of regular expressions, got {patterns!r} {error}"
+        ) from None

@@ -1,0 +1,99 @@
+"""The model, its cache and its device: what the engine runs a batch on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from moecore.attention import Attention, NativeAttention, TorchAttention, bytes_per_block
+from moecore.batch import Batch
+from moecore.config import ModelConfig
+from moecore.models.decoder import CausalLM
+from moecore.rope import cos_sin_table
+
+BLOCK_SIZE = NativeAttention.block_size
+_CPU_CACHE_LIMIT = 4 << 30
+_GPU_CACHE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Room for keys and values."""
+
+    num_blocks: int
+    max_model_len: int  # tokens of one sequence
+
+
+def plan_cache(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    kv_cache_memory: int | None,
+) -> CachePlan:
+    """Decide how many blocks the cache has, and how long a sequence may be.
+
+    Raises:
+        ValueError: max_model_len is above the model's limit, or does not fit into kv_cache_memory.
+    """
+    limit = config.max_position_embeddings
+    if max_model_len is not None and max_model_len > limit:
+        raise ValueError(
+            f"LLM: max_model_len must be at most max_position_embeddings ({limit}), "
+            f"got {max_model_len}"
+        )
+    block_bytes = bytes_per_block(config, dtype, BLOCK_SIZE)
+    blocks_of_one = -(-(max_model_len or limit) // BLOCK_SIZE)
+    if kv_cache_memory is None:
+        memory = min(_memory_limit(device), blocks_of_one * max_num_seqs * block_bytes)
+    else:
+        memory = kv_cache_memory
+    num_blocks = memory // block_bytes
+    if num_blocks < 1 or (max_model_len is not None and num_blocks < blocks_of_one):
+        raise ValueError(
+            f"LLM: kv_cache_memory must hold {blocks_of_one if max_model_len else 1} blocks of "
+            f"{BLOCK_SIZE} tokens, {block_bytes} bytes each, got {memory} bytes"
+        )
+    return CachePlan(num_blocks, max_model_len or min(limit, num_blocks * BLOCK_SIZE))
+
+
+def _memory_limit(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _CPU_CACHE_LIMIT
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _GPU_CACHE_SHARE)
+
+
+class ModelRunner:
+    """Runs batches of `model`, its weights loaded, over a paged cache."""
+
+    block_size = BLOCK_SIZE
+
+    def __init__(
+        self, model: CausalLM, *, device: torch.device, dtype: torch.dtype, cache: CachePlan
+    ) -> None:
+        self._model = model
+        self._device = device
+        self.num_blocks = cache.num_blocks
+        self.max_model_len = cache.max_model_len
+        self.vocab_size = model.config.vocab_size
+        config = model.config
+        self._cos_sin = cos_sin_table(
+            config.rope, cache.max_model_len, config.max_position_embeddings
+        ).to(device)
+        self._attention: Attention
+        if device.type == "cpu":
+            self._attention = NativeAttention(model.config, dtype, cache.num_blocks)
+        else:
+            self._attention = TorchAttention(model.config, dtype, cache.num_blocks, device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """Return the logits [N, vocab_size] float32 of the batch's `logit_rows`."""
+        if self._device.type != "cpu":
+            tensors = {f.name: getattr(batch, f.name).to(self._device) for f in fields(batch)}
+            batch = Batch(**tensors)
+        return self._model.forward(batch, self._attention, self._cos_sin)

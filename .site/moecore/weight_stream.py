@@ -1,0 +1,117 @@
+"""Jobs of a load plan, read and loaded on several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from moecore import _core
+from moecore.checkpoint import Checkpoint, Reader
+from moecore.load_plan import Job, Source
+
+_MAPPED_BYTES = 128 << 20  # by all threads together
+
+
+class WeightStream:
+    """Loads jobs from files that are mapped anew for every batch of jobs.
+
+    Mapped pages count as memory of the process until their mapping ends.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, num_threads: int, done: Callable[[int], object]
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._num_threads = num_threads
+        self._done = done
+
+    def run(self, jobs: list[Job]) -> None:
+        """Load every job; the first exception stops it and is raised."""
+        limit = _MAPPED_BYTES // self._num_threads
+        even = sum(job.nbytes for job in jobs) // (4 * self._num_threads)
+        running: set[Future[int]] = set()
+
+        def drain(most: int) -> None:
+            while len(running) > most:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    running.remove(future)
+                    self._done(future.result())
+
+        with _threads(self._num_threads) as (pool, on_all_threads):
+            for batch in _batches(jobs, min(limit, even)):
+                if batch[0].nbytes > limit:  # alone, and each of its operations on all threads
+                    drain(0)
+                    with on_all_threads():
+                        self._done(self._load(batch))
+                else:
+                    running.add(pool.submit(self._load, batch))
+                    drain(2 * self._num_threads)
+            drain(0)
+
+    def _load(self, batch: list[Job]) -> int:
+        with self._checkpoint.reader() as reader:
+            for job in batch:
+                job.slot.load(*(_read(reader, source, job.dtype) for source in job.sources))
+        return sum(job.nbytes for job in batch)
+
+
+def _read(reader: Reader, source: Source, dtype: torch.dtype) -> Tensor:
+    if source.expert is None:
+        tensor = reader.tensor(source.name)
+    else:
+        tensor = reader.expert(source.name, source.expert)
+    if tensor.data_ptr() % tensor.element_size():  # files of early writers are not aligned
+        tensor = tensor.clone()
+    return tensor.to(dtype)
+
+
+@contextmanager
+def _threads(
+    num_threads: int,
+) -> Iterator[tuple[ThreadPoolExecutor, Callable[[], AbstractContextManager[None]]]]:
+    """A pool whose threads share the cores, and a context in which the caller has them all.
+
+    Teams of threads under each thread of the pool would only wait for each other.
+    """
+    torch_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # What set_num_threads chose holds on every thread; without it, the pool's threads have 1.
+        core_threads = pool.submit(_core.num_threads).result()
+
+        @contextmanager
+        def on_all_threads() -> Iterator[None]:
+            if core_threads > 1:
+                _core.set_num_threads(core_threads)
+            try:
+                yield
+            finally:
+                if core_threads > 1:
+                    _core.set_num_threads(1)
+
+        try:
+            if core_threads > 1:
+                _core.set_num_threads(1)
+            yield pool, on_all_threads
+        finally:
+            pool.shutdown(cancel_futures=True)
+            if core_threads > 1:
+                _core.set_num_threads(core_threads)
+            torch.set_num_threads(torch_threads)
+
+
+def _batches(jobs: list[Job], limit: int) -> Iterator[list[Job]]:
+    """Consecutive jobs of at most `limit` bytes together, or one larger job."""
+    batch: list[Job] = []
+    size = 0
+    for job in jobs:
+        if batch and size + job.nbytes > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(job)
+        size += job.nbytes
+    if batch:
+        yield batch
