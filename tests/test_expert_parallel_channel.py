@@ -82,7 +82,7 @@ def test_a_peer_that_takes_nothing_is_a_timeout():
     ids=["too long", "no object", "no JSON"],
 )
 def test_what_is_no_message_ends_the_channel(ends, data):
-    _, raw, inbox, losses = ends
+    _, raw, _inbox, losses = ends
     raw.sendall(data)
     wait_for(lambda: losses == [1])
 

@@ -44,7 +44,7 @@ class Channel:
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def send(self, kind: str, **values: Any) -> None:
+    def send(self, kind: str, /, **values: Any) -> None:
         """Send a message.
 
         Raises:

@@ -46,7 +46,7 @@ class Group:
             if self._inbox.is_lost(rank):
                 self._rank_lost(rank)
 
-    def send(self, rank: int, kind: str, phase: str, **values: Any) -> None:
+    def send(self, rank: int, kind: str, phase: str, /, **values: Any) -> None:
         """Send a message to one rank.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import secrets
 import signal
@@ -13,8 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
-import torch
-
+from moecore._core import UnsupportedError
 from moecore.assembly import Assembly, EngineOptions
 from moecore.expert_parallel import agreement
 from moecore.expert_parallel.channel import ChannelLost
@@ -30,6 +28,7 @@ from moecore.target import choose_device
 from moecore.transport import Transport
 
 _START_SECONDS = 120.0  # for a process to import torch and read the model's description
+_MEETING, _LOADING = "while the ranks met", "while the ranks loaded the model"
 _is_used_up = False  # whether this process's launch has had its group
 
 
@@ -52,14 +51,29 @@ def start(options: EngineOptions, wanted: GroupOptions, *, progress: bool) -> St
         TransportError: a rank was lost.
         Exception: whatever a rank raised as it loaded; no process is left.
     """
+    _check_device(options)
     launch = launch_from_environment() if wanted.backend == "processes" else None
     if launch is not None:
         _check_launch(launch, wanted)
-        options = replace(options, device=_device_of(options, wanted, launch.local_rank))
         if launch.rank > 0:
             _serve(launch, options, wanted)
-    else:
-        options = replace(options, device=_device_of(options, wanted, 0))
+        from moecore.expert_parallel.rendezvous import accept_ranks
+
+        # First of all, so that the other ranks hear of whatever fails here.
+        with _Start(wanted, accept_ranks(launch, wanted.timeout, _START_SECONDS)) as made:
+            return made.start(_assemble(options, wanted), None, are_ours=False, progress=progress)
+    assembly = _assemble(options, wanted)
+    options = replace(options, model=str(assembly.folder), revision=None)
+    if wanted.backend == "threads":
+        transports = Transport.in_process(wanted.size, deadline=wanted.timeout)
+        with _Start(wanted, start_threads(options, wanted.timeout, transports)) as made:
+            return made.start(assembly, transports[0], are_ours=True, progress=progress)
+    shares = thread_shares([agreement.place_of_process()] * wanted.size, are_ours=True)
+    with _Start(wanted, start_processes(options, wanted.timeout, shares)) as made:
+        return made.start(assembly, None, are_ours=True, progress=progress)
+
+
+def _assemble(options: EngineOptions, wanted: GroupOptions) -> Assembly:
     assembly = Assembly(options)
     experts = assembly.config.moe.num_experts
     if wanted.size > experts:
@@ -67,42 +81,13 @@ def start(options: EngineOptions, wanted: GroupOptions, *, progress: bool) -> St
             f"LLM: expert_parallel_size must be at most the model's number of experts ({experts}), "
             f"got {wanted.size}"
         )
-    transports: list[Transport] = []
-    if wanted.backend == "threads":
-        transports = Transport.in_process(wanted.size, deadline=wanted.timeout)
-    with _Start(assembly, wanted, _members(assembly, wanted, launch, transports)) as made:
-        return made.start(transports[0] if transports else None, launch is None, progress)
-
-
-def _members(
-    assembly: Assembly,
-    wanted: GroupOptions,
-    launch: Launch | None,
-    transports: list[Transport],
-) -> Mapping[int, Member]:
-    """The ranks other than 0: started, or met."""
-    if launch is not None:
-        from moecore.expert_parallel.rendezvous import accept_ranks
-
-        return accept_ranks(launch, wanted.timeout, _START_SECONDS)
-    plain = replace(assembly.options, model=str(assembly.folder), revision=None)
-    each = [
-        replace(plain, device=_device_of(assembly.options, wanted, rank))
-        for rank in range(wanted.size)
-    ]
-    if transports:
-        return start_threads(each, wanted.timeout, transports)
-    place = agreement.place_of_process()
-    return start_processes(each, wanted.timeout, thread_shares([place] * wanted.size, True))
+    return assembly
 
 
 class _Start:
     """Brings all ranks from their first message to being ready; if it fails, they are ended."""
 
-    def __init__(
-        self, assembly: Assembly, wanted: GroupOptions, members: Mapping[int, Member]
-    ) -> None:
-        self._assembly = assembly
+    def __init__(self, wanted: GroupOptions, members: Mapping[int, Member]) -> None:
         self._wanted = wanted
         self._group = Group(members, wanted.timeout)
         self._rank: Rank | None = None
@@ -125,26 +110,34 @@ class _Start:
         if self._segment is not None:
             self._segment.unlink(missing_ok=True)
 
-    def start(self, transport: Transport | None, are_ours: bool, progress: bool) -> Started:
-        """Agree, meet, load and start; `transport` is rank 0's, if it has one already."""
+    def start(
+        self, assembly: Assembly, transport: Transport | None, *, are_ours: bool, progress: bool
+    ) -> Started:
+        """Agree, meet, load and start.
+
+        Args:
+            assembly: rank 0's.
+            transport: rank 0's, if it has one already: the ranks are threads then.
+            are_ours: whether moecore started the ranks.
+            progress: show a bar.
+        """
         group = self._group
-        places = self._agree()
-        self._rank = rank = self._meet(places, are_ours, transport)
+        shares = thread_shares(self._agree(assembly), are_ours)
+        self._rank = rank = Rank(assembly, transport or self._meet(shares), shares[0])
         group.attach(rank.transport)
-        phase = "while the ranks loaded the model"
-        cache = rank.load(progress=progress, check=lambda: group.check(phase))
-        loaded = [group.receive(other, "loaded", phase) for other in group.ranks]
+        cache = rank.load(progress=progress, check=lambda: group.check(_LOADING))
+        loaded = [group.receive(other, "loaded", _LOADING) for other in group.ranks]
         cache = CachePlan(
             min([cache.num_blocks, *(one["num_blocks"] for one in loaded)]),
             min([cache.max_model_len, *(one["max_model_len"] for one in loaded)]),
         )
         for other in group.ranks:
             group.send(other, "start", "while it started", **asdict(cache))
-        return Started(ExpertParallelEngine(rank, rank.start(cache), group), self._assembly, cache)
+        return Started(ExpertParallelEngine(rank, rank.start(cache), group), assembly, cache)
 
-    def _agree(self) -> list[Mapping[str, Any]]:
+    def _agree(self, assembly: Assembly) -> list[Mapping[str, Any]]:
         """Compare what the ranks are about to run; returns the place of each."""
-        facts = agreement.facts_of(self._assembly, self._wanted.size)
+        facts = agreement.facts_of(assembly, self._wanted.size)
         places: list[Mapping[str, Any]] = [agreement.place_of_process()]
         for other in self._group.ranks:
             hello = self._group.receive(other, "hello", "while it started", _START_SECONDS)
@@ -152,28 +145,16 @@ class _Start:
             if difference is not None:
                 raise ValueError(difference)
             places.append(hello["place"])
+        require_one_machine(places)
         return places
 
-    def _meet(
-        self, places: list[Mapping[str, Any]], are_ours: bool, transport: Transport | None
-    ) -> Rank:
-        """Open the transport on every rank."""
-        shares = thread_shares(places, are_ours)
-        plan: dict[str, Any] = {"kind": "in_process"}
-        if transport is None and self._assembly.device.type == "cpu":
-            require_one_machine(places)
-            plan = {"kind": "shm", "name": f"{os.getpid()}-{secrets.token_hex(8)}"}
-            self._segment = segment_of(plan["name"])
-        elif transport is None:
-            unique_id = base64.b64encode(Transport.nccl_unique_id()).decode()
-            plan = {"kind": "nccl", "unique_id": unique_id}
-        phase = "while the ranks met"
+    def _meet(self, shares: list[int]) -> Transport:
+        """Open a transport between processes; the others are told their threads, too."""
+        name = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._segment = segment_of(name)
         for other in self._group.ranks:
-            self._group.send(other, "open", phase, **plan, threads=shares[other])
-        if transport is None:
-            size, device, patience = self._wanted.size, self._assembly.device, self._wanted.timeout
-            transport = open_transport(plan, 0, size, device, patience)
-        return Rank(self._assembly, transport, shares[0])
+            self._group.send(other, "open", _MEETING, name=name, threads=shares[other])
+        return open_transport(name, 0, self._wanted.size, self._wanted.timeout)
 
 
 def _check_launch(launch: Launch, wanted: GroupOptions) -> None:
@@ -188,25 +169,17 @@ def _check_launch(launch: Launch, wanted: GroupOptions) -> None:
             "LLM: a launched group of processes serves one expert-parallel model, got a second: "
             "the other ranks have ended with the first"
         )
-    _is_used_up = True
+    _MEETING, _LOADING = "while the ranks met", "while the ranks loaded the model"
 
 
-def _device_of(options: EngineOptions, wanted: GroupOptions, local_rank: int) -> str:
-    """The device of the rank with that number on its machine."""
-    device = choose_device(options.device)
-    if device.type == "cpu" or wanted.backend == "threads":
-        return str(device)
-    if options.device not in ("auto", "cuda", "cuda:0"):
-        raise ValueError(
-            "LLM: device must be 'auto', 'cpu' or 'cuda' with expert_parallel_size > 1 (each rank "
-            f"takes the GPU of its number; CUDA_VISIBLE_DEVICES chooses), got {options.device!r}"
+_is_used_up = True
+
+
+def _check_device(options: EngineOptions) -> None:
+    if choose_device(options.device).type != "cpu":
+        raise UnsupportedError(
+            "LLM: expert_parallel_size must be 1 on CUDA in this version; device='cpu' takes more"
         )
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            "LLM: expert_parallel_size must be at most the number of GPUs of a machine "
-            f"({torch.cuda.device_count()}), or device='cpu', got {wanted.size}"
-        )
-    return f"cuda:{local_rank}"
 
 
 def _serve(launch: Launch, options: EngineOptions, wanted: GroupOptions) -> NoReturn:

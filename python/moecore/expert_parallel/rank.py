@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,14 +48,16 @@ class Rank:
     Args:
         assembly: the model, read and checked; `load` loads this rank's weights.
         transport: this rank's; closed with it.
-        num_threads: of the core and of torch.
+        num_threads: of the core and of torch; None leaves them to another rank of this process.
     """
 
-    def __init__(self, assembly: Assembly, transport: Transport, num_threads: int) -> None:
+    def __init__(self, assembly: Assembly, transport: Transport, num_threads: int | None) -> None:
         self._assembly = assembly
         self.transport = transport
-        self._threads_before = _core.num_threads(), torch.get_num_threads()
-        set_threads(num_threads, num_threads)
+        self._threads_before = None
+        if num_threads is not None:
+            self._threads_before = _core.num_threads(), torch.get_num_threads()
+            _set_threads(num_threads, num_threads)
         self._runner: GroupRunner | None = None
         self._engine: Engine | None = None
 
@@ -96,22 +96,16 @@ class Rank:
         """Free the model, and give the threads back."""
         self._engine = self._runner = None
         self.transport.close()
-        set_threads(*self._threads_before)
+        if self._threads_before is not None:
+            _set_threads(*self._threads_before)
 
 
-def set_threads(core: int, torch_threads: int) -> None:
+def _set_threads(core: int, torch_threads: int) -> None:
     """Choose the threads of this process: the core's, and torch's."""
     _core.set_num_threads(core)
     torch.set_num_threads(torch_threads)
 
 
-def open_transport(
-    plan: Mapping[str, Any], rank: int, size: int, device: torch.device, deadline: float
-) -> Transport:
-    """Join the transport that rank 0 has chosen; returns when every rank has."""
-    if plan["kind"] == "nccl":
-        unique_id = base64.b64decode(plan["unique_id"])
-        return Transport.nccl(unique_id, rank, size, device=str(device), deadline=deadline)
-    return Transport.shm(
-        plan["name"], rank, size, deadline=deadline, connect_deadline=max(deadline, 30.0)
-    )
+def open_transport(name: str, rank: int, size: int, deadline: float) -> Transport:
+    """Join the transport that rank 0 has named; returns when every rank has."""
+    return Transport.shm(name, rank, size, deadline=deadline, connect_deadline=max(deadline, 30.0))

@@ -108,14 +108,15 @@ class Worker:
             facts=agreement.facts_of(assembly, size),
             place=agreement.place_of_process(),
         )
-        plan = self._receive("open")
         self._phase = "while the ranks met"
+        num_threads = None
         if self._transport is None:
-            if plan["kind"] == "shm":
-                self._segment = segment_of(plan["name"])
-            self._transport = open_transport(plan, rank, size, assembly.device, patience)
+            plan = self._receive("open")
+            num_threads = plan["threads"]
+            self._segment = segment_of(plan["name"])
+            self._transport = open_transport(plan["name"], rank, size, patience)
         self._phase = "while it loaded the model"
-        self._rank = Rank(assembly, self._transport, plan["threads"])
+        self._rank = Rank(assembly, self._transport, num_threads)
         cache = self._rank.load(progress=False)
         self._channel.send("loaded", num_blocks=cache.num_blocks, max_model_len=cache.max_model_len)
         agreed = self._receive("start")
@@ -204,14 +205,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])), patience=60.0)
     worker = Worker(channel, on_orphaned=lambda: os._exit(1))
-    try:
+    with suppress(Refused, ChannelLost, Exception):  # rank 0 has been told, and shows it
         worker.serve(*worker.wait_for_options())
-    except (Refused, ChannelLost):
-        return 1
-    except Exception:
-        return 1  # rank 0 shows the error
-    return 0
+        return 0
+    return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # everything is closed; to take the interpreter apart would only take time
