@@ -17,6 +17,8 @@ from moecore.expert_parallel.channel import Channel, ChannelLost
 from moecore.expert_parallel.worker import Refused, Worker
 from moecore.transport import Transport
 
+_PROGRAM = ["-m", "moecore.expert_parallel.worker"]
+
 
 class Member:
     """A rank that a launcher started: rank 0 can talk to it, and no more."""
@@ -97,7 +99,7 @@ def _start_process(connection: socket.socket, num_threads: int) -> subprocess.Po
     """A new interpreter that finds the same modules; the user's program is not run again."""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     return subprocess.Popen(
-        [sys.executable, "-m", "moecore.expert_parallel.worker", str(connection.fileno())],
+        [sys.executable, *_PROGRAM, str(connection.fileno())],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(num_threads)},
         pass_fds=[connection.fileno()],
         stdin=subprocess.DEVNULL,
