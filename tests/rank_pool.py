@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict
 
-from moecore.expert_parallel.channel import Channel
+from moecore.expert_parallel.channel import Channel, ChannelLost
 from moecore.expert_parallel.members import Member
 from moecore.expert_parallel.worker import Worker
 
@@ -52,7 +52,7 @@ class RankPool:
 def serve(address):
     while True:
         connection = socket.socket(socket.AF_UNIX)
-        with suppress(OSError):
+        with suppress(OSError, ChannelLost):
             connection.connect(address)
             worker = Worker(Channel(connection, _PATIENCE), on_orphaned=lambda: None)
             worker.serve(*worker.wait_for_options())

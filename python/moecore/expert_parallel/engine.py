@@ -10,7 +10,7 @@ from typing import NamedTuple, NoReturn
 from moecore._core import TransportError
 from moecore.engine import Engine
 from moecore.expert_parallel import codec
-from moecore.expert_parallel.group import Group
+from moecore.expert_parallel.group import Group, in_context
 from moecore.expert_parallel.interrupts import deferred_interrupts
 from moecore.expert_parallel.rank import Rank
 from moecore.outputs import RequestOutput
@@ -174,12 +174,14 @@ class ExpertParallelEngine:
     def _end(self, error: BaseException, phase: str) -> NoReturn:
         """End the group after an error, and raise what caused it."""
         self._rank.transport.abort(f"{type(error).__name__}: {error}")
-        cause = self._group.cause(phase) if isinstance(error, TransportError) else None
-        self._failure = str(cause or error) or type(error).__name__
+        cause: BaseException = error
+        if isinstance(error, TransportError):
+            cause = self._group.cause(phase) or in_context(error, phase)
+        self._failure = str(cause) or type(cause).__name__
         self._unfinished.clear()
         self._ending.reason = self._failure
         self._close()
-        raise cause or error
+        raise cause
 
     def _least_busy(self) -> int:
         load = dict.fromkeys([0, *self._group.ranks], 0)

@@ -14,7 +14,7 @@ from moecore.expert_parallel.members import Member, end_members
 from moecore.transport import Transport
 
 _CLOSE_SECONDS = 10.0  # for a rank to end by itself after its last message
-_KILL_SECONDS = 1.0  # and after an error
+_KILL_SECONDS = 0.5  # and after an error
 _CAUSE_SECONDS = 1.0  # for the ranks to say why a pass failed
 _ADVICE = "make a new LLM to go on"
 
@@ -137,6 +137,16 @@ def rank_error(rank: int, phase: str, what: str) -> TransportError:
     error = TransportError(f"LLM: rank {rank} {what}. This was {phase}; {_ADVICE}")
     error.rank, error.phase = rank, phase
     return error
+
+
+def in_context(error: TransportError, phase: str) -> TransportError:
+    """The same fault, as a user of LLM meets it."""
+    message = str(error)
+    if message.startswith("LLM: "):
+        return error
+    told = TransportError(f"LLM: {message} This was {phase}; {_ADVICE}")
+    told.rank, told.phase = error.rank, error.phase
+    return told
 
 
 def thread_shares(places: list[Mapping[str, Any]], are_ours: bool) -> list[int]:

@@ -123,7 +123,7 @@ class _Start:
         """
         group = self._group
         shares = thread_shares(self._agree(assembly), are_ours)
-        self._rank = rank = Rank(assembly, transport or self._meet(shares), shares[0])
+        self._rank = rank = self._meet(assembly, transport, shares)
         group.attach(rank.transport)
         cache = rank.load(progress=progress, check=lambda: group.check(_LOADING))
         loaded = [group.receive(other, "loaded", _LOADING) for other in group.ranks]
@@ -148,13 +148,19 @@ class _Start:
         require_one_machine(places)
         return places
 
-    def _meet(self, shares: list[int]) -> Transport:
-        """Open a transport between processes; the others are told their threads, too."""
+    def _meet(self, assembly: Assembly, transport: Transport | None, shares: list[int]) -> Rank:
+        """Let every rank have its transport and its threads; returns rank 0's."""
+        if transport is not None:  # threads of this process, whose number is rank 0's matter
+            rank = Rank(assembly, transport, shares[0])
+            for other in self._group.ranks:
+                self._group.send(other, "open", _MEETING, name=None, threads=None)
+            return rank
         name = f"{os.getpid()}-{secrets.token_hex(8)}"
         self._segment = segment_of(name)
         for other in self._group.ranks:
             self._group.send(other, "open", _MEETING, name=name, threads=shares[other])
-        return open_transport(name, 0, self._wanted.size, self._wanted.timeout)
+        transport = open_transport(name, 0, self._wanted.size, self._wanted.timeout)
+        return Rank(assembly, transport, shares[0])
 
 
 def _check_launch(launch: Launch, wanted: GroupOptions) -> None:
@@ -169,10 +175,7 @@ def _check_launch(launch: Launch, wanted: GroupOptions) -> None:
             "LLM: a launched group of processes serves one expert-parallel model, got a second: "
             "the other ranks have ended with the first"
         )
-    _MEETING, _LOADING = "while the ranks met", "while the ranks loaded the model"
-
-
-_is_used_up = True
+    _is_used_up = True
 
 
 def _check_device(options: EngineOptions) -> None:

@@ -109,14 +109,12 @@ class Worker:
             place=agreement.place_of_process(),
         )
         self._phase = "while the ranks met"
-        num_threads = None
+        plan = self._receive("open")
         if self._transport is None:
-            plan = self._receive("open")
-            num_threads = plan["threads"]
             self._segment = segment_of(plan["name"])
             self._transport = open_transport(plan["name"], rank, size, patience)
         self._phase = "while it loaded the model"
-        self._rank = Rank(assembly, self._transport, num_threads)
+        self._rank = Rank(assembly, self._transport, plan["threads"])
         cache = self._rank.load(progress=False)
         self._channel.send("loaded", num_blocks=cache.num_blocks, max_model_len=cache.max_model_len)
         agreed = self._receive("start")
