@@ -1,4 +1,4 @@
-"""A rank that does its work, until it does not: `python faulty_rank.py HOW FD`."""
+"""A rank that does its work, until it does not: `python faulty_rank.py HOW FD ...`."""
 
 import os
 import signal
@@ -87,9 +87,8 @@ _FAULTS = {
 }
 
 if __name__ == "__main__":
-    how, descriptor = sys.argv[1:]
+    how, descriptor, *_ = sys.argv[1:]
     how, _, folder = how.partition(": ")
     assert folder == "" or Path(folder).is_dir()
     _FAULTS[how](folder)
-    sys.argv[1:] = [descriptor]
-    os._exit(worker.main())
+    worker.main(int(descriptor))

@@ -75,7 +75,7 @@ def generate(llm):
             RuntimeError,
             r"OutOfMemoryError: no memory for the keys(?s:.*)raised on rank 1 .* in pass 3",
         ),
-        ("is killed in a pass", TransportError, "rank 1 was ended by SIGKILL.* in pass 3; make"),
+        ("is killed in a pass", TransportError, "rank 1 was ended by SIGKILL .* in pass 3; "),
         ("stops in a pass", TransportError, "rank 1 .*2 s"),
         (
             "stops after its pass",
@@ -146,6 +146,28 @@ def test_a_rank_with_other_files_is_named(damage, started, monkeypatch, tmp_path
 def test_a_rank_that_is_slow_to_load_is_waited_for(started, monkeypatch):
     make_faulty(monkeypatch, "is slow to load")
     with make_llm(timeout=1.0) as llm:
+        assert llm.generate("The", SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
+
+
+def test_a_rank_that_dies_between_passes_is_named_by_whatever_comes_next(started):
+    with make_llm(size=3) as llm:
+        stream = llm.stream(PROMPTS[0], LONG)
+        next(stream)
+        started[0].kill()
+        started[0].wait()
+        time.sleep(0.1)
+        with pytest.raises(
+            TransportError, match="rank 1 was ended by SIGKILL .*as it got a request"
+        ):
+            llm.stream(PROMPTS[1], LONG)
+        with pytest.raises(RuntimeError, match="request 0 was aborted"):
+            next(stream)
+
+
+def test_a_rank_imports_what_rank_0_does_wherever_that_is(started, monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('not the torch that was meant')")
+    monkeypatch.chdir(tmp_path)
+    with make_llm() as llm:
         assert llm.generate("The", SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
 
 

@@ -1,6 +1,7 @@
 """LLM on several ranks: the bits of one, and every way to ask."""
 
 import itertools
+import random
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -214,6 +215,35 @@ def test_a_default_seed_depends_on_the_order_alone(alone):
             runs.append([r.outputs[0].token_ids for r in generate(llm, PROMPTS * 2, params)])
     assert runs[0] == runs[1]
     assert len(set(map(tuple, runs[0]))) == 6
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_requests_that_come_and_go_between_passes_get_what_they_get_alone(seed, llm, alone):
+    choice = random.Random(seed)
+    wanted, ended = {}, {}
+    for number in range(40):
+        prompt = {"prompt_token_ids": IDS[: choice.randint(1, 40)]}
+        params = SamplingParams(seed=number, max_tokens=choice.randint(1, 12), ignore_eos=True)
+        wanted[str(number)] = prompt, params
+        stream = choice.random() < 0.5
+        llm.engine.add_request(str(number), *prompt.values(), params, stream=stream)
+        if choice.random() < 0.2:
+            gone = str(choice.randint(0, number))
+            output = llm.engine.abort_request(gone)
+            assert (output is None) == (gone not in wanted)
+            wanted.pop(gone, None)
+        for _ in range(choice.randint(0, 3)):
+            for output in llm.engine.step():
+                if output.finished:
+                    ended[output.request_id] = output, *wanted.pop(output.request_id)
+    while llm.engine.has_unfinished:
+        for output in llm.engine.step():
+            if output.finished:
+                ended[output.request_id] = output, *wanted.pop(output.request_id)
+    assert wanted == {}
+    assert len(ended) > 20
+    for output, prompt, params in ended.values():
+        assert output.outputs == generate(alone, prompt, params)[0].outputs
 
 
 def test_an_error_in_sampling_ends_the_requests_and_not_the_ranks(llm, alone, monkeypatch):

@@ -82,24 +82,19 @@ class ExpertParallelEngine:
                 "Engine.add_request: request_id must not be that of an unfinished request, "
                 f"got {request_id!r}"
             )
-        number = self._num_requests
         request = self._engine.make_request(
-            request_id, prompt_token_ids, params, prompt, stream=stream, number=number
+            request_id,
+            prompt_token_ids,
+            params,
+            prompt,
+            stream=stream,
+            number=self._num_requests,
         )
         rank = self._least_busy()
         if rank == 0:
             self._engine.queue(request)
         else:
-            self._group.send(
-                rank,
-                "add",
-                "as it got a request",
-                id=request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                params=codec.encode_params(params),
-                stream=stream,
-                number=number,
-            )
+            self._hand_over(rank, request, params, stream)
         self._num_requests += 1
         self._unfinished[request_id] = _Assigned(request, rank)
 
@@ -138,6 +133,23 @@ class ExpertParallelEngine:
         """End all ranks; further calls raise RuntimeError."""
         self._close()
         self._unfinished.clear()
+
+    def _hand_over(self, rank: int, request: Request, params: SamplingParams, stream: bool) -> None:
+        phase = "as it got a request"
+        try:
+            with deferred_interrupts():
+                self._group.send(
+                    rank,
+                    "add",
+                    phase,
+                    id=request.request_id,
+                    prompt_token_ids=request.prompt_token_ids,
+                    params=codec.encode_params(params),
+                    stream=stream,
+                    number=self._num_requests,
+                )
+        except Exception as error:
+            self._end(error, phase)
 
     def _pass(self) -> list[RequestOutput]:
         self._num_passes += 1

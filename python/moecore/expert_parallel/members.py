@@ -17,7 +17,12 @@ from moecore.expert_parallel.channel import Channel, ChannelLost
 from moecore.expert_parallel.worker import Refused, Worker
 from moecore.transport import Transport
 
-_PROGRAM = ["-m", "moecore.expert_parallel.worker"]
+# With this process's own path: `-m` would put the current folder before it.
+_PROGRAM = [
+    "-c",
+    "import sys; sys.path[:] = sys.argv[2:]\n"
+    "from moecore.expert_parallel.worker import main; main(int(sys.argv[1]))",
+]
 
 
 class Member:
@@ -48,6 +53,8 @@ class ProcessMember(Member):
     def fate(self) -> str:
         with suppress(subprocess.TimeoutExpired):
             status = self.process.wait(timeout=2.0)
+            if status == -signal.SIGKILL:
+                return "was ended by SIGKILL (the system sends it when memory runs out)"
             if status < 0:
                 return f"was ended by {signal.Signals(-status).name}"
             return f"has exited with status {status}"
@@ -97,10 +104,10 @@ def start_processes(
 
 def _start_process(connection: socket.socket, num_threads: int) -> subprocess.Popen[bytes]:
     """A new interpreter that finds the same modules; the user's program is not run again."""
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    path = [os.path.abspath(entry) for entry in sys.path]
     return subprocess.Popen(
-        [sys.executable, *_PROGRAM, str(connection.fileno())],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(num_threads)},
+        [sys.executable, *_PROGRAM, str(connection.fileno()), *path],
+        env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         pass_fds=[connection.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # what comes on stdout is rank 0's

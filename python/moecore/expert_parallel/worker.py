@@ -1,8 +1,4 @@
-"""The life of a rank other than 0: load, then do what rank 0 says until it closes the group.
-
-As a program (`python -m moecore.expert_parallel.worker FD`) it is a process that moecore started;
-its channel is the socket of that number.
-"""
+"""The life of a rank other than 0: load, then do what rank 0 says until it closes the group."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moecore.assembly import Assembly, EngineOptions
 from moecore.engine import Engine
@@ -197,19 +193,15 @@ def segment_of(name: str) -> Path:
     return Path(f"/dev/shm/moecore.{name}")
 
 
-def main() -> int:
-    """Serve the rank 0 that started this process; returns the exit status."""
+def main(descriptor: int) -> NoReturn:
+    """Serve the rank 0 that started this process; its channel is the socket of that number."""
     # Ctrl-C reaches the whole process group: rank 0 decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])), patience=60.0)
+    channel = Channel(socket.socket(fileno=descriptor), patience=60.0)
     worker = Worker(channel, on_orphaned=lambda: os._exit(1))
+    status = 1
     with suppress(Refused, ChannelLost, Exception):  # rank 0 has been told, and shows it
         worker.serve(*worker.wait_for_options())
-        return 0
-    return 1
-
-
-if __name__ == "__main__":
-    status = main()
+        status = 0
     sys.stderr.flush()
     os._exit(status)  # everything is closed; to take the interpreter apart would only take time
