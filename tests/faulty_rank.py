@@ -77,6 +77,7 @@ _FAULTS = {
     "is killed in a pass": lambda _: in_a_pass(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "stops in a pass": lambda _: in_a_pass(stop),
     "stops after its pass": lambda _: after_its_pass(stop),
+    "stops at once": lambda _: stop(),
     "stops before loading": lambda _: before_loading(stop),
     "fails to load": lambda _: before_loading(fail),
     "exits before loading": lambda _: before_loading(lambda: os._exit(3)),

@@ -109,6 +109,11 @@ def test_a_rank_that_is_lost_in_a_pass_is_named_in_time(how, error, message, sta
             TransportError,
             "rank 1 has exited with status 3.*while",
         ),
+        (
+            "stops at once",
+            TransportError,
+            "rank 1 .* for 2 s: it is stopped .*started",
+        ),
         ("stops before loading", TransportError, "rank 1 has been silent for 2 s.*while the ranks"),
         (
             "has another size",

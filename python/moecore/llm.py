@@ -63,7 +63,7 @@ class LLM:
         FileNotFoundError: the model is neither a folder, nor in the hub's cache, nor to be had.
         moecore.FormatError: a file of the checkpoint is damaged or does not fit the model.
         moecore.UnsupportedError: the family, its quantisation or the device is not implemented.
-        moecore.TransportError: a rank was lost; the message says which. Later calls raise it, too.
+        moecore.TransportError: a rank was lost; the message says which. Later calls, too, raise it.
         ValueError: an argument is out of range; TypeError: unknown, with the nearest known name.
 
     Example:

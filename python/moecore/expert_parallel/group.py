@@ -57,27 +57,33 @@ class Group:
         except ChannelLost:
             raise self._gone(rank, phase) from None
         except TimeoutError:
-            raise self._silent(rank, phase, self._patience) from None
+            raise self._silent(rank, phase) from None
 
     def receive(self, rank: int, kind: str, phase: str, patience: float | None = None) -> Message:
         """Return the answer of one rank.
 
         Raises:
-            TransportError: the rank is gone, or silent for `patience` seconds (the group's).
+            TransportError: the rank is gone, silent for `patience` seconds (the group's), or
+                stopped.
             Exception: what the rank raised.
         """
-        patience = self._patience if patience is None else patience
-        try:
-            message = self._inbox.get(rank, patience)
-        except ChannelLost:
-            raise self._gone(rank, phase) from None
-        except TimeoutError:
-            raise self._silent(rank, phase, patience) from None
+        message = self._await(rank, phase, self._patience if patience is None else patience)
         if message["type"] == "failed":
             self._failures[rank] = message
             raise codec.decode_error(message["error"], rank, message["phase"])
         assert message["type"] == kind
         return message
+
+    def _await(self, rank: int, phase: str, patience: float) -> Message:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                return self._inbox.get(rank, min(patience, self._patience))
+            except ChannelLost:
+                raise self._gone(rank, phase) from None
+            except TimeoutError:
+                if time.monotonic() >= end or self._members[rank].is_stopped():
+                    raise self._silent(rank, phase) from None
 
     def check(self, phase: str) -> None:
         """Raise what `receive` would raise at once: for a rank that has failed or is gone."""
@@ -124,17 +130,19 @@ class Group:
         what = f"{self._members[rank].fate()}; what it printed may say why"
         return rank_error(rank, phase, what)
 
-    def _silent(self, rank: int, phase: str, seconds: float) -> TransportError:
-        what = (
-            f"has been silent for {seconds:g} s: it is stopped, or has too little processor time "
-            "(a longer expert_parallel_timeout waits longer)"
+    def _silent(self, rank: int, phase: str) -> TransportError:
+        why = (
+            "it is stopped (SIGSTOP)"
+            if self._members[rank].is_stopped()
+            else "it hangs, or has too little processor time (a longer expert_parallel_timeout "
+            "waits longer)"
         )
-        return rank_error(rank, phase, what)
+        return rank_error(rank, phase, f"has been silent for {self._patience:g} s: {why}")
 
 
 def rank_error(rank: int, phase: str, what: str) -> TransportError:
     """The error that a rank is at fault for."""
-    error = TransportError(f"LLM: rank {rank} {what}. This was {phase}; {_ADVICE}")
+    error = TransportError(f"LLM: rank {rank} {what}. It happened {phase}; {_ADVICE}")
     error.rank, error.phase = rank, phase
     return error
 
@@ -144,7 +152,7 @@ def in_context(error: TransportError, phase: str) -> TransportError:
     message = str(error)
     if message.startswith("LLM: "):
         return error
-    told = TransportError(f"LLM: {message} This was {phase}; {_ADVICE}")
+    told = TransportError(f"LLM: {message} It happened {phase}; {_ADVICE}")
     told.rank, told.phase = error.rank, error.phase
     return told
 

@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 from moecore.assembly import EngineOptions
 from moecore.expert_parallel.channel import Channel, ChannelLost
@@ -34,6 +35,10 @@ class Member:
     def fate(self) -> str:
         """What became of a rank whose channel has ended."""
         return "has ended, or its connection has"
+
+    def is_stopped(self) -> bool:
+        """Whether it is known to be stopped, as by SIGSTOP."""
+        return False
 
     def wait(self, seconds: float) -> bool:
         """Wait until it is gone; returns whether it is."""
@@ -59,6 +64,12 @@ class ProcessMember(Member):
                 return f"was ended by {signal.Signals(-status).name}"
             return f"has exited with status {status}"
         return "has closed its connection"
+
+    def is_stopped(self) -> bool:
+        with suppress(OSError):
+            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return state in "Tt"
+        return False
 
     def wait(self, seconds: float) -> bool:
         with suppress(subprocess.TimeoutExpired):
