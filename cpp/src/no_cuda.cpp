@@ -4,8 +4,11 @@
 
 #include "moecore/error.hpp"
 #include "moecore/kernels/combine.hpp"
+#include "moecore/kernels/device_queue.hpp"
 #include "moecore/kernels/embedding.hpp"
+#include "moecore/kernels/gather_rows.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
+#include "moecore/kernels/locate_results.hpp"
 #include "moecore/kernels/memory.hpp"
 #include "moecore/kernels/rms_norm.hpp"
 #include "moecore/kernels/rotary_embedding.hpp"
@@ -28,6 +31,8 @@ void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_ex
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
 void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }
+void gather_rows(const GatherRowsArgs&, Stream) { throw_no_cuda("gather_rows"); }
+void locate_results(const LocateResultsArgs&, Stream) { throw_no_cuda("locate_results"); }
 void rms_norm(const RmsNormArgs&, Stream) { throw_no_cuda("rms_norm"); }
 void rotary_embedding(const RotaryEmbeddingArgs&, Stream) { throw_no_cuda("rotary_embedding"); }
 
@@ -36,6 +41,20 @@ DeviceScope::~DeviceScope() {}
 
 void* allocate(int, size_t) { throw_no_cuda("allocate"); }
 void deallocate(void*, int) noexcept {}
+
+void copy(void*, const void*, size_t, Stream) { throw_no_cuda("copy"); }
+void fill(void*, unsigned char, size_t, Stream) { throw_no_cuda("fill"); }
+PinnedBuffer::~PinnedBuffer() {}
+void* PinnedBuffer::reserve(size_t) { throw_no_cuda("PinnedBuffer"); }
+OwnedStream::OwnedStream(int) { throw_no_cuda("OwnedStream"); }
+OwnedStream::~OwnedStream() {}
+Event::Event(int, bool) { throw_no_cuda("Event"); }
+Event::~Event() {}
+void Event::record(Stream) { throw_no_cuda("Event"); }
+bool Event::is_done() const { throw_no_cuda("Event"); }
+double elapsed_ms(const Event&, const Event&) { throw_no_cuda("elapsed_ms"); }
+void wait_for(Stream, void*) { throw_no_cuda("wait_for"); }
+
 std::string toolkit_version() { return ""; }
 
 }  // namespace moecore::cuda

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "moecore/ep_schedule.hpp"
 #include "moecore/grouped_gemm.hpp"
 #include "moecore/stream.hpp"
 #include "moecore/tensor_view.hpp"
@@ -49,7 +50,11 @@ enum class CombineMode : uint8_t {
 /// How a layer works across ranks. The same on every rank; kExact's bits do not depend on the rest.
 struct ExpertParallelConfig {
     CombineMode combine = CombineMode::kExact;
-    int num_groups = 0;  ///< pipeline stages over the local experts; 0 chooses by cost
+    Schedule schedule = Schedule::kAuto;
+    int num_groups = 0;  ///< pipeline stages over the local experts, <= 64; 0 chooses by cost
+    /// With kAllGather: the largest T of any rank's calls, so that no host exchange precedes them
+    /// after the first, and they can be captured in a CUDA graph. 0: agreed on in every call.
+    int64_t fixed_tokens = 0;
 };
 
 /// One MoE layer on one rank: route, sort, two grouped GEMMs, combine. Immutable after construction

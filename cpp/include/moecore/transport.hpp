@@ -67,6 +67,11 @@ public:
     virtual void all_to_all_v(const char* phase, const RowsToSend& send, const RowsToReceive& recv,
                               size_t row_bytes, Stream stream) = 0;
 
+    /// The same for memory of device(): all + r * bytes = what rank r gave. On CUDA ordered on
+    /// `stream`.
+    virtual void all_gather_rows(const char* phase, const void* mine, void* all, size_t bytes,
+                                 Stream stream);
+
     /// Waits for `stream` until the deadline. Does nothing on the CPU.
     virtual void synchronize(const char* /*phase*/, Stream /*stream*/) {}
 

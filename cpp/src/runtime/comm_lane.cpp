@@ -6,6 +6,10 @@
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
+
+#include "moecore/kernels/device_queue.hpp"
+#include "moecore/kernels/memory.hpp"
 
 namespace moecore {
 namespace {
@@ -83,9 +87,44 @@ private:
     std::thread thread_;
 };
 
+/// A stream beside the caller's. Work is put on it at once; events keep the order.
+class StreamLane : public CommLane {
+public:
+    explicit StreamLane(int device) : device_(device), stream_(device), ready_(device) {}
+
+    int64_t submit(Work work, Stream compute) override {
+        const cuda::DeviceScope scope(device_);
+        ready_.record(compute);
+        cuda::wait_for(stream_.get(), ready_.handle());
+        work(stream_.get());
+        // A wait on an event means its last record, so one for each piece of work in flight.
+        const auto slot = static_cast<size_t>(submitted_) % kEvents;
+        if (done_.size() <= slot) done_.emplace_back(device_);
+        done_[slot].record(stream_.get());
+        return submitted_++;
+    }
+
+    void wait(int64_t ticket, Stream compute) override {
+        const cuda::DeviceScope scope(device_);
+        cuda::wait_for(compute, done_[static_cast<size_t>(ticket) % kEvents].handle());
+    }
+
+private:
+    static constexpr size_t kEvents = 256;  ///< more than one layer submits
+
+    int device_;
+    cuda::OwnedStream stream_;
+    cuda::Event ready_;
+    std::vector<cuda::Event> done_;
+    int64_t submitted_ = 0;
+};
+
 }  // namespace
 
 std::unique_ptr<CommLane> make_inline_lane() { return std::make_unique<InlineLane>(); }
-std::unique_ptr<CommLane> make_thread_lane() { return std::make_unique<ThreadLane>(); }
+std::unique_ptr<CommLane> make_side_lane(Device device) {
+    if (device.type == DeviceType::kCuda) return std::make_unique<StreamLane>(device.index);
+    return std::make_unique<ThreadLane>();
+}
 
 }  // namespace moecore

@@ -27,7 +27,7 @@ public:
 /// Runs work at once, in the caller's thread.
 std::unique_ptr<CommLane> make_inline_lane();
 
-/// A thread that runs work; for transports that block.
-std::unique_ptr<CommLane> make_thread_lane();
+/// Beside the caller: a thread on the CPU, where transports block; a stream on CUDA.
+std::unique_ptr<CommLane> make_side_lane(Device device);
 
 }  // namespace moecore

@@ -65,7 +65,19 @@ MoELayer::MoELayer(const MoEConfig& config, const MoEWeights& weights)
 MoELayer::MoELayer(const MoEConfig& config, const MoEWeights& weights, ExpertParallel& ranks,
                    const ExpertParallelConfig& how)
     : MoELayer(config, weights) {
-    kCheck.that(how.num_groups >= 0, "num_groups must be >= 0, got ", how.num_groups);
+    constexpr int kMaxGroups = 64;
+    kCheck.that(how.num_groups >= 0 && how.num_groups <= kMaxGroups, "num_groups must be in [0, ",
+                kMaxGroups, "], got ", how.num_groups);
+    kCheck.that(how.fixed_tokens >= 0, "fixed_tokens must be >= 0, got ", how.fixed_tokens);
+    const bool gathers = how.schedule == Schedule::kAllGather;
+    kCheck.that(how.fixed_tokens == 0 || gathers,
+                "fixed_tokens must come with the all-gather schedule, got ", how.fixed_tokens);
+    kCheck.that(!gathers || how.combine == CombineMode::kExact,
+                "combine must be exact with the all-gather schedule, got fast");
+    const Device device = device_of(weights.gate_up);
+    kCheck.that(device == ranks.transport().device(), "transport must be one of ",
+                to_string(device), ", where the weights are, got one of ",
+                to_string(ranks.transport().device()));
     ranks_ = &ranks;
     how_ = how;
 }

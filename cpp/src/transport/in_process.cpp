@@ -4,6 +4,7 @@
 #include "moecore/buffer.hpp"
 #include "moecore/error.hpp"
 #include "transport/host_transport.hpp"
+#include "transport/in_process_cuda.hpp"
 #include "transport/ring_size.hpp"
 
 namespace moecore {
@@ -18,8 +19,6 @@ void check_size(int size) {
 
 std::vector<std::unique_ptr<Transport>> make_in_process_transports(int size, Device device) {
     check_size(size);
-    require(device.type == DeviceType::kCpu, "make_in_process_transports: device must be cpu, got ",
-            to_string(device));
     const size_t ring_bytes = default_ring_bytes(size);
     const size_t bytes = Mailboxes::bytes_for(size, ring_bytes);
     auto memory = std::make_shared<Buffer>(Device{}, bytes);
@@ -32,7 +31,11 @@ std::vector<std::unique_ptr<Transport>> make_in_process_transports(int size, Dev
         cell.process_start = self.start_time;
         cell.process_namespace = self.id_namespace;
         cell.process = self.id;
-        transports.push_back(std::make_unique<HostTransport>("in_process", memory, boxes, r));
+        auto host = std::make_unique<HostTransport>("in_process", memory, boxes, r);
+        if (device.type == DeviceType::kCuda)
+            transports.push_back(make_in_process_cuda_transport(std::move(host), device));
+        else
+            transports.push_back(std::move(host));
     }
     return transports;
 }
