@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from compare_model import CASES, Case, checkpoint, random_ids
+from roofs import Roofs
 
 import moecore
 from moecore.expert_parallel.members import ProcessMember
@@ -78,11 +79,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("build-bench/models"))
     options = parser.parse_args()
-    moecore.set_num_threads(options.threads)
+    roofs = Roofs(threads=options.threads)
     sizes = [1, *map(int, options.sizes.split(","))]
     print(f"{options.threads} threads in all, torch {torch.__version__}\n")
-    print("| model | case | ranks | tok/s | min | max | of alone |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| model | case | ranks | GB/s probed | samples | tok/s | min | max | of alone |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in options.models.split(","):
         path = checkpoint(name, options.folder)
         ready = []
@@ -91,7 +92,7 @@ def main() -> None:
             llm, seconds = load(path, size)
             ready.append((size, llm, seconds))
         for case_name in options.cases.split(","):
-            compare(name, case_name, ready, options)
+            compare(name, case_name, ready, options, roofs)
         print()
         for size, llm, seconds in ready:
             report_memory(size, llm, seconds)
@@ -103,21 +104,33 @@ def compare(
     case_name: str,
     ready: list[tuple[int, moecore.LLM, float]],
     options: argparse.Namespace,
+    roofs: Roofs,
 ) -> None:
-    """A line for each number of ranks."""
+    """A line for each number of ranks and each state of the memory that the samples met."""
     case = RANK_CASES[case_name]
-    rates: dict[int, list[float]] = {size: [] for size, _, _ in ready}
+    samples: dict[int, list[tuple[float, float]]] = {size: [] for size, _, _ in ready}
     for repeat in range(options.repeats + 1):
         for size, llm, _ in ready:
+            before = roofs.read_gbps()
             seconds = seconds_of(llm, case, max(1, options.threads // size))
+            bandwidth = (before + roofs.read_gbps()) / 2
             if repeat > 0:  # the first touches memory
-                rates[size].append(case.batch * (case.steps or case.depth) / seconds)
-    alone = statistics.median(rates[1])
-    for size, found in rates.items():
-        middle = statistics.median(found)
-        cells = [name, case_name, "alone" if size == 1 else str(size), f"{middle:.1f}"]
-        cells += [f"{min(found):.1f}", f"{max(found):.1f}", f"{middle / alone:.2f}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+                rate = case.batch * (case.steps or case.depth) / seconds
+                samples[size].append((bandwidth, rate))
+    for is_fast in (False, True):
+        alone = None
+        for size, found in samples.items():
+            chosen = [sample for sample in found if (sample[0] > 48) == is_fast]
+            if not chosen:
+                continue
+            rates = [rate for _, rate in chosen]
+            middle = statistics.median(rates)
+            alone = middle if size == 1 else alone
+            share = "-" if alone is None else f"{middle / alone:.2f}"
+            bandwidth = statistics.median(bandwidth for bandwidth, _ in chosen)
+            cells = [name, case_name, "alone" if size == 1 else str(size), f"{bandwidth:.0f}"]
+            cells += [str(len(chosen)), f"{middle:.1f}", f"{min(rates):.1f}", f"{max(rates):.1f}"]
+            print(f"| {' | '.join([*cells, share])} |", flush=True)
 
 
 def report_memory(size: int, llm: moecore.LLM, seconds: float) -> None:
