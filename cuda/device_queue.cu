@@ -12,6 +12,12 @@
 
 namespace moecore::cuda {
 
+int device_count() {
+    int count = 0;
+    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    return count;
+}
+
 void copy(void* target, const void* source, size_t bytes, Stream stream) {
     if (bytes == 0) return;
     check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDefault, native(stream)),

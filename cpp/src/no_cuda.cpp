@@ -42,6 +42,7 @@ DeviceScope::~DeviceScope() {}
 void* allocate(int, size_t) { throw_no_cuda("allocate"); }
 void deallocate(void*, int) noexcept {}
 
+int device_count() { return 0; }
 void copy(void*, const void*, size_t, Stream) { throw_no_cuda("copy"); }
 void fill(void*, unsigned char, size_t, Stream) { throw_no_cuda("fill"); }
 PinnedBuffer::~PinnedBuffer() {}

@@ -42,8 +42,12 @@ class MoELayer:
             call their layers in the same order.
         combine: "exact" (the bits of one rank with all experts, for every number of ranks) or
             "fast" (each rank adds its own experts first: fewer bytes, other bits).
+        schedule: "all_to_all" (a token goes where its experts are), "all_gather" (every token goes
+            everywhere, in fixed shapes) or "auto" (the cheaper by `transport.figures`).
         num_groups: stages of the pipeline that overlaps communication with the local experts, the
             same on every rank (default: chosen by cost).
+        fixed_tokens: with "all_gather", the largest T of any rank: no host exchange precedes a call
+            then, and after a first call it can be captured in a CUDA graph.
 
     Attributes:
         native: the layer as a decoder layer of the core takes it.
@@ -73,7 +77,9 @@ class MoELayer:
         shared_gate: Tensor | None = None,
         transport: Transport | None = None,
         combine: str = "exact",
+        schedule: str = "auto",
         num_groups: int | None = None,
+        fixed_tokens: int | None = None,
     ) -> None:
         if len(down.shape) != 3:
             raise ValueError(f"MoELayer: down must have 3 dimensions, got shape {list(down.shape)}")
@@ -101,7 +107,9 @@ class MoELayer:
             weights={name: tensor for name, tensor in weights.items() if tensor is not None},
             transport=None if transport is None else transport.native,
             combine=combine,
+            schedule=schedule,
             num_groups=num_groups or 0,
+            fixed_tokens=fixed_tokens or 0,
         )
 
     def __call__(

@@ -75,6 +75,9 @@ public:
     /// Waits for `stream` until the deadline. Does nothing on the CPU.
     virtual void synchronize(const char* /*phase*/, Stream /*stream*/) {}
 
+    /// Throws if the group has been aborted or a rank has died. Does not wait.
+    virtual void check(const char* /*phase*/) {}
+
     /// Returns when every rank has called it.
     void barrier(const char* phase);
 
@@ -117,5 +120,23 @@ struct ShmOptions {
 /// there. The segment has no name from then on, so no death leaves it behind; one that a crashed
 /// run left is replaced. Throws InvalidArgument, or TransportError that names who is missing.
 std::unique_ptr<Transport> make_shm_transport(const ShmOptions& options);
+
+struct NcclOptions {
+    std::string unique_id;  ///< of the group: nccl_unique_id() of one rank, given to all
+    int rank = 0;
+    int size = 0;
+    Device device;                           ///< this rank's GPU
+    double connect_deadline = 120.0;         ///< seconds until every rank must be there
+    std::vector<std::string> library_paths;  ///< where libnccl.so.2 may be
+    /// How the hosts of the same ranks meet, if they are on one machine: it tells the death of a
+    /// rank at once, by name. Without it NCCL carries what the hosts exchange.
+    std::unique_ptr<Transport> hosts;
+};
+
+/// Ranks with a GPU each, over NCCL, which is loaded at first use: MOECORE_NCCL if it is set, else
+/// the copy of this process, `library_paths`, the system. Returns when all ranks are there.
+/// Throws InvalidArgument, UnsupportedError without NCCL 2.18 or newer, NcclError, TransportError.
+std::unique_ptr<Transport> make_nccl_transport(NcclOptions options);
+std::string nccl_unique_id(const std::vector<std::string>& library_paths = {});
 
 }  // namespace moecore

@@ -70,7 +70,8 @@ void bind_moe_layer(py::module_& module) {
                          int first_expert, int num_local_experts, const RoutingConfig& routing,
                          const GroupedGemmConfig& activation, int64_t shared_intermediate_size,
                          const std::string& dtype, py::dict weights, py::object transport,
-                         const std::string& combine, int num_groups) {
+                         const std::string& combine, const std::string& schedule, int num_groups,
+                         int64_t fixed_tokens) {
                  MoEConfig config;
                  config.hidden_size = hidden_size;
                  config.intermediate_size = intermediate_size;
@@ -85,7 +86,12 @@ void bind_moe_layer(py::module_& module) {
                      .combine = enum_named<CombineMode>(
                          "MoELayer: combine", combine,
                          {{"exact", CombineMode::kExact}, {"fast", CombineMode::kFast}}),
-                     .num_groups = num_groups};
+                     .schedule = enum_named<Schedule>("MoELayer: schedule", schedule,
+                                                      {{"auto", Schedule::kAuto},
+                                                       {"all_to_all", Schedule::kAllToAll},
+                                                       {"all_gather", Schedule::kAllGather}}),
+                     .num_groups = num_groups,
+                     .fixed_tokens = fixed_tokens};
                  return std::make_unique<PyMoELayer>(config, std::move(weights),
                                                      std::move(transport), how);
              }),
@@ -93,7 +99,8 @@ void bind_moe_layer(py::module_& module) {
              py::arg("num_experts"), py::arg("first_expert"), py::arg("num_local_experts"),
              py::arg("routing"), py::arg("activation"), py::arg("shared_intermediate_size"),
              py::arg("dtype"), py::arg("weights"), py::arg("transport") = py::none(),
-             py::arg("combine") = "exact", py::arg("num_groups") = 0)
+             py::arg("combine") = "exact", py::arg("schedule") = "auto", py::arg("num_groups") = 0,
+             py::arg("fixed_tokens") = 0)
         .def("forward", &PyMoELayer::forward)
         .def("forward_routed", &PyMoELayer::forward_routed);
 }

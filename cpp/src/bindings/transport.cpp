@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <vector>
 
 #include "bindings/ops.hpp"
@@ -21,6 +22,12 @@ Transport& PyTransport::transport() const {
 ExpertParallel& PyTransport::ranks() const {
     transport();
     return *ranks_;
+}
+
+std::unique_ptr<Transport> PyTransport::release() {
+    transport();
+    ranks_.reset();
+    return std::move(transport_);
 }
 
 void PyTransport::close() {
@@ -84,9 +91,11 @@ void bind_transport(py::module_& module) {
         .def_static("loopback",
                     [] { return std::make_unique<PyTransport>(make_loopback_transport()); })
         .def_static("in_process",
-                    [](int size) {
+                    [](int size, const std::optional<int>& cuda_device) {
+                        const Device device =
+                            cuda_device ? Device{DeviceType::kCuda, *cuda_device} : Device{};
                         std::vector<std::unique_ptr<PyTransport>> result;
-                        for (auto& transport : make_in_process_transports(size))
+                        for (auto& transport : make_in_process_transports(size, device))
                             result.push_back(std::make_unique<PyTransport>(std::move(transport)));
                         return result;
                     })
@@ -101,6 +110,25 @@ void bind_transport(py::module_& module) {
                                                 .connect_deadline = connect_deadline,
                                                 .ring_bytes = ring_bytes}));
                     })
+        .def_static("nccl_unique_id",
+                    [](const std::vector<std::string>& library_paths) {
+                        return py::bytes(nccl_unique_id(library_paths));
+                    })
+        .def_static(
+            "nccl",
+            [](const py::bytes& unique_id, int rank, int size, int cuda_device,
+               double connect_deadline, const std::vector<std::string>& library_paths,
+               const py::object& hosts) {
+                NcclOptions options{.unique_id = unique_id,
+                                    .rank = rank,
+                                    .size = size,
+                                    .device = {DeviceType::kCuda, cuda_device},
+                                    .connect_deadline = connect_deadline,
+                                    .library_paths = library_paths};
+                if (!hosts.is_none()) options.hosts = hosts.cast<PyTransport&>().release();
+                const py::gil_scoped_release release;
+                return std::make_unique<PyTransport>(make_nccl_transport(std::move(options)));
+            })
         .def_property_readonly("rank", [](const PyTransport& t) { return t.transport().rank(); })
         .def_property_readonly("size", [](const PyTransport& t) { return t.transport().size(); })
         .def_property_readonly("kind", [](const PyTransport& t) { return t.transport().kind(); })
@@ -114,6 +142,23 @@ void bind_transport(py::module_& module) {
                  transport.barrier(phase.c_str());
              })
         .def("all_gather", &all_gather)
+        .def("measure",
+             [](const PyTransport& t) {
+                 const py::gil_scoped_release release;
+                 t.ranks().measure();
+             })
+        .def_property_readonly("figures",
+                               [](const PyTransport& t) {
+                                   const MachineFigures& figures = t.ranks().figures();
+                                   py::dict result;
+                                   result["link_gbps"] = figures.link_gbps;
+                                   result["link_latency_us"] = figures.link_latency_us;
+                                   return result;
+                               })
+        .def_property_readonly("last_choice",
+                               [](const PyTransport& t) { return t.ranks().last_choice().reason; })
+        .def("start_trace", [](const PyTransport& t) { t.ranks().start_trace(); })
+        .def("trace_events", [](const PyTransport& t) { return t.ranks().trace_events(); })
         .def("abort",
              [](const PyTransport& t, const std::string& reason) { t.transport().abort(reason); })
         .def("close", &PyTransport::close, py::call_guard<py::gil_scoped_release>());

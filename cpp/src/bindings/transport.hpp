@@ -18,6 +18,8 @@ public:
     /// Throws ValueError after close().
     Transport& transport() const;
     ExpertParallel& ranks() const;
+    /// Gives the transport away; this is closed afterwards.
+    std::unique_ptr<Transport> release();
     void close();
 
 private:

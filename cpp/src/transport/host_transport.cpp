@@ -37,6 +37,10 @@ std::string seconds(double value) {
 
 }  // namespace
 
+ProcessId process_of(const RankCell& cell) {
+    return {cell.process.load(), cell.process_start.load(), cell.process_namespace.load()};
+}
+
 void ring_doorbell(RankCell& cell) {
     cell.doorbell.fetch_add(1);
     // Either this load sees the sleeper, or the sleeper's futex call sees the new doorbell.
@@ -216,9 +220,7 @@ void HostTransport::check_peers(const char* phase, Clock::time_point since) {
         // What it sent before it closed or died may still be in the ring: the next round reads it.
         const bool nothing_left =
             boxes_.ring(peer, rank_).written.load() == boxes_.ring(peer, rank_).read.load();
-        const ProcessId process{cell.process.load(), cell.process_start.load(),
-                                cell.process_namespace.load()};
-        const ProcessState state = state_of(process);
+        const ProcessState state = state_of(process_of(cell));
         if (nothing_left && cell.has_closed.load(std::memory_order_acquire) != 0)
             fail(peer, phase,
                  concat("rank ", peer, " has closed its transport", describe(peer), " while rank ",
@@ -245,6 +247,15 @@ void HostTransport::fail(int culprit, const char* phase, const std::string& mess
     post_abort(boxes_, culprit, phase, message);
     throw_if_aborted();
     throw TransportError(culprit, phase, message);
+}
+
+void HostTransport::check(const char* phase) {
+    throw_if_aborted();
+    for (int peer = 0; peer < size(); ++peer)
+        if (peer != rank_ && state_of(process_of(boxes_.rank(peer))) == ProcessState::kDead)
+            fail(peer, phase,
+                 concat("rank ", peer, " has died", describe(peer), " before phase '", phase,
+                        "' of rank ", rank_, " was over.", kRemedy));
 }
 
 void HostTransport::abort(const std::string& reason) noexcept {

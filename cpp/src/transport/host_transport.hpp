@@ -25,6 +25,7 @@ public:
     void all_gather(const char* phase, const void* mine, void* all, size_t bytes) override;
     void all_to_all_v(const char* phase, const RowsToSend& send, const RowsToReceive& recv,
                       size_t row_bytes, Stream stream) override;
+    void check(const char* phase) override;
     void abort(const std::string& reason) noexcept override;
 
 private:
@@ -53,6 +54,9 @@ private:
 
 /// Sets the group's abort cell, unless it is set, and wakes every rank.
 void post_abort(const Mailboxes& boxes, int culprit, const char* phase, const std::string& message);
+
+/// The process of a rank that has connected.
+ProcessId process_of(const RankCell& cell);
 
 /// Wakes whoever sleeps on the cell's doorbell.
 void ring_doorbell(RankCell& cell);

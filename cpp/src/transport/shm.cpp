@@ -88,10 +88,6 @@ void enter(const Mailboxes& boxes, int rank) {
     cell.process = self.id;
 }
 
-ProcessId process_of(const RankCell& cell) {
-    return {cell.process.load(), cell.process_start.load(), cell.process_namespace.load()};
-}
-
 /// Returns when every rank has entered; throws with the first that is missing or dead.
 void wait_for_all(const Mailboxes& boxes, const ShmOptions& options) {
     const Clock::time_point start = Clock::now();

@@ -7,6 +7,9 @@
 
 namespace moecore::cuda {
 
+/// GPUs of this process, 0 in a build without CUDA. Throws CudaError without a driver.
+int device_count();
+
 /// Copies between host and device in any direction, ordered on `stream` of the current device. Host
 /// memory must be pinned for the copy to be asynchronous, and live until it is done.
 void copy(void* target, const void* source, size_t bytes, Stream stream);
