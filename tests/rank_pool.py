@@ -32,13 +32,13 @@ class RankPool:
 
     def start(self, options, patience, num_threads):
         members = {}
-        for rank in range(1, len(num_threads)):
+        for rank in range(1, len(options)):
             channel = Channel(self._server.accept()[0], patience)
             channel.send(
                 "options",
-                options=asdict(options),
+                options=asdict(options[rank]),
                 rank=rank,
-                size=len(num_threads),
+                size=len(options),
                 patience=patience,
             )
             members[rank] = Member(channel)

@@ -10,12 +10,14 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from moecore import LLM, SamplingParams, UnsupportedError
 from moecore.expert_parallel import launch
 from moecore.expert_parallel.environment import Launch
-from moecore.expert_parallel.group import require_one_machine, thread_shares
+from moecore.expert_parallel.group import are_on_one_machine, cache_shares, thread_shares
+from moecore.expert_parallel.rank import device_of_rank, open_transport
 from moecore.expert_parallel.rendezvous import accept_ranks, connect_to_rank_0
 from moecore.hub import resolve_model
 from processes import python
@@ -139,6 +141,60 @@ def test_ranks_share_the_processors_that_they_have_in_common():
 
 
 def test_ranks_on_the_cpu_must_be_on_one_machine():
-    require_one_machine([{"host": "a 1"}, {"host": "a 1"}])
+    def places(device, *hosts):
+        return [{"host": host, "device": device} for host in hosts]
+
+    assert are_on_one_machine(places("cpu", "a 1", "a 1"))
+    assert not are_on_one_machine(places("cuda:0", "a 1", "b 2"))
     with pytest.raises(UnsupportedError, match="on one machine, got a, b; ranks on several"):
-        require_one_machine([{"host": "b 1"}, {"host": "a 2"}])
+        are_on_one_machine(places("cpu", "b 1", "a 2"))
+
+
+def test_ranks_of_one_gpu_share_its_free_memory():
+    def places(*devices):
+        return [{"host": host, "device": device} for host, device in devices]
+
+    assert cache_shares(places(("a", "cpu"), ("a", "cpu"))) == 1
+    assert cache_shares(places(("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0"))) == 1
+    assert cache_shares(places(("a", "cuda:0"), ("a", "cuda:0"), ("b", "cuda:0"))) == 2
+
+
+def test_each_rank_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of_rank(torch.device("cpu"), 7) == torch.device("cpu")
+    assert device_of_rank(torch.device("cuda:0"), 1) == torch.device("cuda:1")
+    with pytest.raises(ValueError, match=r"at most the number of GPUs of a machine \(2\).* rank 2"):
+        device_of_rank(torch.device("cuda:0"), 2)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert device_of_rank(torch.device("cuda:0"), 3) == torch.device("cuda:1")
+
+
+def test_a_rank_chooses_no_other_gpu(monkeypatch):
+    monkeypatch.setattr(launch, "choose_device", torch.device)
+    with pytest.raises(ValueError, match=r"device must be .* CUDA_VISIBLE_DEVICES .*got 'cuda:1'"):
+        LLM(device="cuda:1", expert_parallel_size=2, use_tqdm=False)
+
+
+@pytest.mark.parametrize("hosts", ["run", None])
+def test_gpus_meet_over_nccl_which_takes_over_the_transport_of_the_hosts(hosts, monkeypatch):
+    made = []
+
+    class Recorded:
+        @staticmethod
+        def shm(*given, **named):
+            made.append(("shm", given, named))
+            return "hosts"
+
+        @staticmethod
+        def nccl(*given, **named):
+            made.append(("nccl", given, named))
+            return "nccl"
+
+    monkeypatch.setattr("moecore.expert_parallel.rank.Transport", Recorded)
+    plan = {"hosts": hosts, "unique_id": b"id".hex()}
+    gpu = torch.device("cuda:1")
+    assert open_transport(plan, 1, 2, gpu, 5.0) == "nccl"
+    limits = {"deadline": 5.0, "connect_deadline": 30.0}
+    over = [("shm", ("run", 1, 2), limits)] if hosts else []
+    taken = "hosts" if hosts else None
+    assert made == [*over, ("nccl", (b"id", 1, 2), {"device": gpu, "hosts": taken, **limits})]

@@ -52,9 +52,10 @@ class LLM:
         expert_parallel_size: ranks that share out the experts; each runs its share of the requests,
             and on the CPU a request's bits do not depend on how many there are. moecore starts the
             other ranks; under torchrun, Slurm or Ray they are the launched processes, of which all
-            but rank 0 serve within this call and then exit. Limits of sequences, tokens and memory
-            hold for each rank.
-        expert_parallel_backend: "processes", or "threads" of this process (for tests).
+            but rank 0 serve within this call and then exit. On GPUs each rank takes one, by its
+            number on its machine. Limits of sequences, tokens and memory hold for each rank.
+        expert_parallel_backend: "processes", or "threads" of this process, which share its
+            processors or its GPU (for tests).
         expert_parallel_timeout: seconds of silence after which a rank counts as lost.
         skip_tokenizer_init: run on token ids alone; prompts are then ids, and outputs have no text.
         use_tqdm: show progress while loading.

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moecore import _core
 from moecore.assembly import Assembly
 from moecore.checkpoint import Checkpoint
@@ -26,8 +28,9 @@ def facts_of(assembly: Assembly, size: int) -> Facts:
         "expert_parallel_size": size,
         "moecore version": build["version"],
         "device": assembly.device.type,
-        # Different instruction sets give different bits.
+        # Other instruction sets, and other GPUs, give other bits.
         "instruction set": build["cpu_isa"] if on_cpu else "",
+        "GPU": "" if on_cpu else torch.cuda.get_device_name(assembly.device),
         "dtype": str(assembly.dtype).removeprefix("torch."),
         "model configuration": _digest(repr(assembly.config).encode()),
         "model weights": (
@@ -68,12 +71,13 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def place_of_process() -> dict[str, Any]:
-    """The machine, the processors and the threads of this process."""
+def place_of_rank(device: torch.device) -> dict[str, Any]:
+    """The machine, the processors, the threads and the device of a rank of this process."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     boot_id = boot.read_text().strip() if boot.exists() else ""
     return {
         "host": f"{socket.gethostname()} {boot_id}",
+        "device": str(device),
         "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
         "threads": _core.num_threads(),
         "threads are chosen": "OMP_NUM_THREADS" in os.environ,

@@ -176,11 +176,24 @@ def thread_shares(places: list[Mapping[str, Any]], are_ours: bool) -> list[int]:
     return shares
 
 
-def require_one_machine(places: list[Mapping[str, Any]]) -> None:
-    """Raise unless all ranks are on one machine, as those that run on the CPU must be."""
-    hosts = sorted({str(place["host"]).split()[0] for place in places})
-    if len({place["host"] for place in places}) > 1:
+def are_on_one_machine(places: list[Mapping[str, Any]]) -> bool:
+    """Whether all ranks are; those on the CPU must be.
+
+    Raises:
+        UnsupportedError: they are not.
+    """
+    if len({place["host"] for place in places}) == 1:
+        return True
+    if any(place["device"] == "cpu" for place in places):
+        hosts = sorted({str(place["host"]).split()[0] for place in places})
         raise UnsupportedError(
             f"LLM: ranks on the CPU must be on one machine, got {', '.join(hosts)}; ranks on "
             "several machines need CUDA and NCCL"
         )
+    return False
+
+
+def cache_shares(places: list[Mapping[str, Any]]) -> int:
+    """By how much to divide a GPU's free memory: the most ranks that one GPU has; 1 on the CPU."""
+    devices = [(place["host"], place["device"]) for place in places if place["device"] != "cpu"]
+    return max((devices.count(device) for device in devices), default=1)

@@ -12,18 +12,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
-from moecore._core import UnsupportedError
+import torch
+
 from moecore.assembly import Assembly, EngineOptions
 from moecore.expert_parallel import agreement
-from moecore.expert_parallel.channel import ChannelLost
+from moecore.expert_parallel.channel import ChannelLost, Message
 from moecore.expert_parallel.engine import ExpertParallelEngine
 from moecore.expert_parallel.environment import Launch, launch_from_environment
-from moecore.expert_parallel.group import Group, require_one_machine, thread_shares
+from moecore.expert_parallel.group import (
+    Group,
+    are_on_one_machine,
+    cache_shares,
+    thread_shares,
+)
 from moecore.expert_parallel.members import Member, start_processes, start_threads
 from moecore.expert_parallel.options import GroupOptions
-from moecore.expert_parallel.rank import Rank, open_transport
+from moecore.expert_parallel.rank import Rank, device_of_rank, open_transport
 from moecore.expert_parallel.worker import Worker, segment_of
-from moecore.model_runner import CachePlan
+from moecore.model_runner import BLOCK_SIZE, CachePlan
 from moecore.target import choose_device
 from moecore.transport import Transport
 
@@ -51,10 +57,11 @@ def start(options: EngineOptions, wanted: GroupOptions, *, progress: bool) -> St
         TransportError: a rank was lost.
         Exception: whatever a rank raised as it loaded; no process is left.
     """
-    _check_device(options)
     launch = launch_from_environment() if wanted.backend == "processes" else None
+    device = _check_device(options, wanted)
     if launch is not None:
         _check_launch(launch, wanted)
+        options = replace(options, device=str(device_of_rank(device, launch.local_rank)))
         if launch.rank > 0:
             _serve(launch, options, wanted)
         from moecore.expert_parallel.rendezvous import accept_ranks
@@ -62,14 +69,25 @@ def start(options: EngineOptions, wanted: GroupOptions, *, progress: bool) -> St
         # First of all, so that the other ranks hear of whatever fails here.
         with _Start(wanted, accept_ranks(launch, wanted.timeout, _START_SECONDS)) as made:
             return made.start(_assemble(options, wanted), None, are_ours=False, progress=progress)
-    assembly = _assemble(options, wanted)
+    return _start_ranks(options, wanted, device, progress)
+
+
+def _start_ranks(
+    options: EngineOptions, wanted: GroupOptions, device: torch.device, progress: bool
+) -> Started:
+    """Start the other ranks on this machine, and the group with them."""
+    devices = [device] * wanted.size
+    if wanted.backend == "processes":
+        devices = [device_of_rank(device, rank) for rank in range(wanted.size)]
+    assembly = _assemble(replace(options, device=str(devices[0])), wanted)
     options = replace(options, model=str(assembly.folder), revision=None)
+    each = [replace(options, device=str(device)) for device in devices]
     if wanted.backend == "threads":
-        transports = Transport.in_process(wanted.size, deadline=wanted.timeout)
-        with _Start(wanted, start_threads(options, wanted.timeout, transports)) as made:
+        transports = Transport.in_process(wanted.size, device=device, deadline=wanted.timeout)
+        with _Start(wanted, start_threads(each, wanted.timeout, transports)) as made:
             return made.start(assembly, transports[0], are_ours=True, progress=progress)
-    shares = thread_shares([agreement.place_of_process()] * wanted.size, are_ours=True)
-    with _Start(wanted, start_processes(options, wanted.timeout, shares)) as made:
+    shares = thread_shares([agreement.place_of_rank(device)] * wanted.size, are_ours=True)
+    with _Start(wanted, start_processes(each, wanted.timeout, shares)) as made:
         return made.start(assembly, None, are_ours=True, progress=progress)
 
 
@@ -122,15 +140,16 @@ class _Start:
             progress: show a bar.
         """
         group = self._group
-        shares = thread_shares(self._agree(assembly), are_ours)
-        self._rank = rank = self._meet(assembly, transport, shares)
+        places = self._agree(assembly)
+        shares = thread_shares(places, are_ours)
+        if transport is None:
+            self._rank = rank = self._meet(assembly, places, shares)
+        else:
+            self._rank = rank = self._meet_threads(assembly, transport, shares)
         group.attach(rank.transport)
         cache = rank.load(progress=progress, check=lambda: group.check(_LOADING))
         loaded = [group.receive(other, "loaded", _LOADING) for other in group.ranks]
-        cache = CachePlan(
-            min([cache.num_blocks, *(one["num_blocks"] for one in loaded)]),
-            min([cache.max_model_len, *(one["max_model_len"] for one in loaded)]),
-        )
+        cache = self._share_memory(assembly, cache, loaded, cache_shares(places))
         for other in group.ranks:
             group.send(other, "start", "while it started", **asdict(cache))
         return Started(ExpertParallelEngine(rank, rank.start(cache), group), assembly, cache)
@@ -138,29 +157,44 @@ class _Start:
     def _agree(self, assembly: Assembly) -> list[Mapping[str, Any]]:
         """Compare what the ranks are about to run; returns the place of each."""
         facts = agreement.facts_of(assembly, self._wanted.size)
-        places: list[Mapping[str, Any]] = [agreement.place_of_process()]
+        places: list[Mapping[str, Any]] = [agreement.place_of_rank(assembly.device)]
         for other in self._group.ranks:
             hello = self._group.receive(other, "hello", "while it started", _START_SECONDS)
             difference = agreement.disagreement(facts, hello["facts"], other)
             if difference is not None:
                 raise ValueError(difference)
             places.append(hello["place"])
-        require_one_machine(places)
         return places
 
-    def _meet(self, assembly: Assembly, transport: Transport | None, shares: list[int]) -> Rank:
-        """Let every rank have its transport and its threads; returns rank 0's."""
-        if transport is not None:  # threads of this process, whose number is rank 0's matter
-            rank = Rank(assembly, transport, shares[0])
-            for other in self._group.ranks:
-                self._group.send(other, "open", _MEETING, name=None, threads=None)
-            return rank
-        name = f"{os.getpid()}-{secrets.token_hex(8)}"
-        self._segment = segment_of(name)
+    def _meet(self, assembly: Assembly, places: list[Mapping[str, Any]], shares: list[int]) -> Rank:
+        """Open a transport between processes, each with its threads; returns rank 0's part."""
+        plan: dict[str, Any] = {"hosts": None, "unique_id": None}
+        if are_on_one_machine(places):
+            plan["hosts"] = f"{os.getpid()}-{secrets.token_hex(8)}"
+        if assembly.device.type == "cuda":
+            plan["unique_id"] = Transport.nccl_unique_id().hex()
+        self._segment = segment_of(plan["hosts"])
         for other in self._group.ranks:
-            self._group.send(other, "open", _MEETING, name=name, threads=shares[other])
-        transport = open_transport(name, 0, self._wanted.size, self._wanted.timeout)
-        return Rank(assembly, transport, shares[0])
+            self._group.send(other, "open", _MEETING, **plan, threads=shares[other])
+        size, patience = self._wanted.size, self._wanted.timeout
+        return Rank(assembly, open_transport(plan, 0, size, assembly.device, patience), shares[0])
+
+    def _meet_threads(self, assembly: Assembly, transport: Transport, shares: list[int]) -> Rank:
+        """The same where the transport is there, and threads are the process's."""
+        rank = Rank(assembly, transport, shares[0])
+        for other in self._group.ranks:
+            self._group.send(other, "open", _MEETING, threads=None)
+        return rank
+
+    def _share_memory(
+        self, assembly: Assembly, mine: CachePlan, others: list[Message], shares: int
+    ) -> CachePlan:
+        """The cache that every rank can have."""
+        num_blocks = min([mine.num_blocks, *(one["num_blocks"] for one in others)])
+        if assembly.options.kv_cache_memory is None:
+            num_blocks = max(1, num_blocks // shares)
+        longest = min([mine.max_model_len, *(one["max_model_len"] for one in others)])
+        return CachePlan(num_blocks, min(longest, num_blocks * BLOCK_SIZE))
 
 
 def _check_launch(launch: Launch, wanted: GroupOptions) -> None:
@@ -178,11 +212,15 @@ def _check_launch(launch: Launch, wanted: GroupOptions) -> None:
     _is_used_up = True
 
 
-def _check_device(options: EngineOptions) -> None:
-    if choose_device(options.device).type != "cpu":
-        raise UnsupportedError(
-            "LLM: expert_parallel_size must be 1 on CUDA in this version; device='cpu' takes more"
+def _check_device(options: EngineOptions, wanted: GroupOptions) -> torch.device:
+    """The device of LLM's argument; on GPUs, ranks that are processes choose among all."""
+    device = choose_device(options.device)
+    if wanted.backend == "processes" and options.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            "LLM: device must be 'auto', 'cpu' or 'cuda' with expert_parallel_size > 1 (each rank "
+            f"takes the GPU of its number, CUDA_VISIBLE_DEVICES says which), got {options.device!r}"
         )
+    return device
 
 
 def _serve(launch: Launch, options: EngineOptions, wanted: GroupOptions) -> NoReturn:

@@ -94,10 +94,10 @@ class ThreadMember(Member):
 
 
 def start_processes(
-    options: EngineOptions, patience: float, num_threads: list[int]
+    options: list[EngineOptions], patience: float, num_threads: list[int]
 ) -> dict[int, Member]:
-    """Start the ranks 1 .. size - 1 as processes; `num_threads` are by rank."""
-    size = len(num_threads)
+    """Start the ranks 1 .. size - 1 as processes; `options` and `num_threads` are by rank."""
+    size = len(options)
     members: dict[int, Member] = {}
     try:
         for rank in range(1, size):
@@ -106,7 +106,7 @@ def start_processes(
                 process = _start_process(theirs, num_threads[rank])
             channel = Channel(mine, patience)
             members[rank] = ProcessMember(channel, process)
-            _send_options(channel, options, rank, size, patience)
+            _send_options(channel, options[rank], rank, size, patience)
     except BaseException:
         end_members(members, patience=0.0)
         raise
@@ -126,10 +126,10 @@ def _start_process(connection: socket.socket, num_threads: int) -> subprocess.Po
 
 
 def start_threads(
-    options: EngineOptions, patience: float, transports: list[Transport]
+    options: list[EngineOptions], patience: float, transports: list[Transport]
 ) -> dict[int, Member]:
-    """Start the ranks 1 .. size - 1 as threads; `transports` are by rank."""
-    size = len(transports)
+    """Start the ranks 1 .. size - 1 as threads; `options` and `transports` are by rank."""
+    size = len(options)
     members: dict[int, Member] = {}
     for rank in range(1, size):
         mine, theirs = socket.socketpair()
@@ -143,7 +143,7 @@ def start_threads(
         thread.start()
         channel = Channel(mine, patience)
         members[rank] = ThreadMember(channel, thread)
-        _send_options(channel, options, rank, size, patience)
+        _send_options(channel, options[rank], rank, size, patience)
     return members
 
 

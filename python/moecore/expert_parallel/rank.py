@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from moecore.engine import Engine
 from moecore.model_runner import CachePlan, ModelRunner
 from moecore.outputs import RequestOutput
 from moecore.transport import Transport
+
+_CONNECT_SECONDS = 30.0  # for ranks that are all there to meet
 
 
 class GroupRunner:
@@ -54,6 +58,8 @@ class Rank:
     def __init__(self, assembly: Assembly, transport: Transport, num_threads: int | None) -> None:
         self._assembly = assembly
         self.transport = transport
+        if assembly.device.type == "cuda":
+            torch.cuda.set_device(assembly.device)
         self._threads_before = None
         if num_threads is not None:
             self._threads_before = _core.num_threads(), torch.get_num_threads()
@@ -106,6 +112,53 @@ def _set_threads(core: int, torch_threads: int) -> None:
     torch.set_num_threads(torch_threads)
 
 
-def open_transport(name: str, rank: int, size: int, deadline: float) -> Transport:
-    """Join the transport that rank 0 has named; returns when every rank has."""
-    return Transport.shm(name, rank, size, deadline=deadline, connect_deadline=max(deadline, 30.0))
+def device_of_rank(device: torch.device, local_rank: int) -> torch.device:
+    """The device of the rank with that number on its machine, each GPU being one rank's.
+
+    Raises:
+        ValueError: there are fewer GPUs.
+    """
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":  # NCCL's own switch, from 2.30 on
+        local_rank %= count
+    if local_rank >= count:
+        raise ValueError(
+            f"LLM: expert_parallel_size must be at most the number of GPUs of a machine ({count}), "
+            f"or the device 'cpu', got a rank {local_rank} of a machine"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def open_transport(
+    plan: Mapping[str, Any], rank: int, size: int, device: torch.device, deadline: float
+) -> Transport:
+    """Join the transport that rank 0 has planned; returns when every rank has.
+
+    Args:
+        plan: "hosts" names a transport through shared memory, or is None between machines;
+            "unique_id" names one through NCCL, or is None on the CPU.
+        rank: this one.
+        size: of the group.
+        device: of this rank.
+        deadline: of every wait from then on, in seconds.
+    """
+    connect = max(deadline, _CONNECT_SECONDS)
+    hosts = None
+    if plan["hosts"] is not None:
+        hosts = Transport.shm(
+            plan["hosts"], rank, size, deadline=deadline, connect_deadline=connect
+        )
+    if plan["unique_id"] is None:
+        assert hosts is not None
+        return hosts
+    return Transport.nccl(
+        bytes.fromhex(plan["unique_id"]),
+        rank,
+        size,
+        device=device,
+        hosts=hosts,
+        deadline=deadline,
+        connect_deadline=connect,
+    )

@@ -102,13 +102,13 @@ class Worker:
         self._channel.send(
             "hello",
             facts=agreement.facts_of(assembly, size),
-            place=agreement.place_of_process(),
+            place=agreement.place_of_rank(assembly.device),
         )
         self._phase = "while the ranks met"
         plan = self._receive("open")
         if self._transport is None:
-            self._segment = segment_of(plan["name"])
-            self._transport = open_transport(plan["name"], rank, size, patience)
+            self._segment = segment_of(plan["hosts"])
+            self._transport = open_transport(plan, rank, size, assembly.device, patience)
         self._phase = "while it loaded the model"
         self._rank = Rank(assembly, self._transport, plan["threads"])
         cache = self._rank.load(progress=False)
@@ -188,9 +188,9 @@ class Worker:
         self._on_orphaned()
 
 
-def segment_of(name: str) -> Path:
+def segment_of(name: str | None) -> Path | None:
     """The file of a shared-memory transport; it has a name only until all ranks have met."""
-    return Path(f"/dev/shm/moecore.{name}")
+    return None if name is None else Path(f"/dev/shm/moecore.{name}")
 
 
 def main(descriptor: int) -> NoReturn:
