@@ -4,15 +4,16 @@
     python bench/compare.py layer --device cuda ...   the same on a GPU, and torch's operators
     python bench/compare.py model ...   whole models: transformers and, if installed, llama.cpp
     python bench/compare.py model --device cuda ...   decode on a GPU, random weights
+    python bench/compare.py ranks ...   whole models on several ranks of this machine
 
-`--help` after either word shows its options.
+`--help` after a word shows its options.
 """
 
 import sys
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in ("layer", "model"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("layer", "model", "ranks"):
         sys.exit(__doc__)
     command = sys.argv.pop(1)
     on_gpu = sys.argv[1:3] == ["--device", "cuda"]
@@ -24,6 +25,8 @@ def main() -> None:
         import compare_layer as chosen
     elif on_gpu:
         import compare_model_cuda as chosen
+    elif command == "ranks":
+        import compare_ranks as chosen
     else:
         import compare_model as chosen
     chosen.main()

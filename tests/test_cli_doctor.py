@@ -156,3 +156,32 @@ def test_doctor_misses_packages(monkeypatch):
     monkeypatch.setattr(checks, "_PACKAGES", ("rich", "no-such-package"))
     check = checks._packages("packages")
     assert (check.status, check.advice) == ("problem", "pip install no-such-package")
+
+
+@pytest.mark.parametrize(
+    ("free", "environment", "status", "detail"),
+    [
+        (1 << 30, {}, "ok", "up to 2 ranks on the CPU, 1024 MiB in /dev/shm"),
+        (1 << 20, {}, "note", "1 MiB in /dev/shm"),
+        (1 << 30, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "problem", "MASTER_PORT"),
+        (
+            1 << 30,
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "ok",
+            "started as rank 1 of 2",
+        ),
+    ],
+)
+def test_doctor_says_what_ranks_need(monkeypatch, free, environment, status, detail):
+    import shutil
+    import types
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(checks, "_usable_cpus", lambda: 2.0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    check = by_name()["expert parallelism"]
+    assert check.status == status
+    assert detail in check.detail
+    assert bool(check.advice) == (status != "ok")
+    assert check.facts["shared_memory_free"] == free

@@ -4,8 +4,11 @@
 
 #include "moecore/error.hpp"
 #include "moecore/kernels/combine.hpp"
+#include "moecore/kernels/device_queue.hpp"
 #include "moecore/kernels/embedding.hpp"
+#include "moecore/kernels/gather_rows.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
+#include "moecore/kernels/locate_results.hpp"
 #include "moecore/kernels/memory.hpp"
 #include "moecore/kernels/norm_and_rotate.hpp"
 #include "moecore/kernels/paged_attention.hpp"
@@ -33,6 +36,8 @@ void route_and_sort(const RouteAndSortArgs&, Stream) { throw_no_cuda("route_and_
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
 void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }
+void gather_rows(const GatherRowsArgs&, Stream) { throw_no_cuda("gather_rows"); }
+void locate_results(const LocateResultsArgs&, Stream) { throw_no_cuda("locate_results"); }
 void rms_norm(const RmsNormArgs&, Stream) { throw_no_cuda("rms_norm"); }
 void norm_and_rotate(const NormAndRotateArgs&, Stream) { throw_no_cuda("norm_and_rotate"); }
 void rotary_embedding(const RotaryEmbeddingArgs&, Stream) { throw_no_cuda("rotary_embedding"); }
@@ -45,6 +50,21 @@ DeviceScope::~DeviceScope() {}
 
 void* allocate(int, size_t) { throw_no_cuda("allocate"); }
 void deallocate(void*, int) noexcept {}
+
+int device_count() { return 0; }
+void copy(void*, const void*, size_t, Stream) { throw_no_cuda("copy"); }
+void fill(void*, unsigned char, size_t, Stream) { throw_no_cuda("fill"); }
+PinnedBuffer::~PinnedBuffer() {}
+void* PinnedBuffer::reserve(size_t) { throw_no_cuda("PinnedBuffer"); }
+OwnedStream::OwnedStream(int) { throw_no_cuda("OwnedStream"); }
+OwnedStream::~OwnedStream() {}
+Event::Event(int, bool) { throw_no_cuda("Event"); }
+Event::~Event() {}
+void Event::record(Stream) { throw_no_cuda("Event"); }
+bool Event::is_done() const { throw_no_cuda("Event"); }
+double elapsed_ms(const Event&, const Event&) { throw_no_cuda("elapsed_ms"); }
+void wait_for(Stream, void*) { throw_no_cuda("wait_for"); }
+
 std::string toolkit_version() { return ""; }
 
 }  // namespace moecore::cuda

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ def load_weights(
     ignore: Sequence[str] = (),
     progress: bool = True,
     num_threads: int | None = None,
+    check: Callable[[], object] | None = None,
 ) -> LoadReport:
     """Load every slot, in the order of the files.
 
@@ -49,11 +50,12 @@ def load_weights(
 
     Args:
         checkpoint: as `Checkpoint.open` gives it.
-        slots: of this rank. Several may read one tensor.
+        slots: of the model. Several may read one tensor.
         dtype: of the tensors handed to the slots that name none.
         ignore: regular expressions; tensors in which one is found need no slot.
         progress: show a bar with the rate, if stderr is a terminal.
         num_threads: threads that read and load (default: those of the core, at most 16).
+        check: called between parts of the load; what it raises ends the load.
 
     Returns:
         LoadReport(bytes, seconds).
@@ -76,7 +78,13 @@ def load_weights(
         unit_scale=True,
         disable=None if progress else True,
     ) as bar:
-        WeightStream(checkpoint, num_threads, bar.update).run(jobs)
+
+        def done(nbytes: int) -> None:
+            bar.update(nbytes)
+            if check is not None:
+                check()
+
+        WeightStream(checkpoint, num_threads, done).run(jobs)
     return LoadReport(total, time.perf_counter() - begin)
 
 
@@ -102,6 +110,8 @@ def dummy_weights(
     table = torch.randn(_DUMMY_VALUES, generator=generator).mul_(_DUMMY_STD)
     tables: dict[torch.dtype, Tensor] = {}
     for slot in slots:
+        if slot.load is None:
+            continue
         slot_dtype = slot.dtype or dtype
         if slot_dtype not in tables:
             values = table if slot_dtype.is_floating_point else torch.zeros_like(table)

@@ -122,3 +122,8 @@ class ModelRunner:
             tensors = {f.name: getattr(batch, f.name).to(self._device) for f in fields(batch)}
             batch = Batch(**tensors)
         return self._model.forward(batch, self._attention, self._cos_sin)
+
+    @torch.inference_mode()
+    def join(self) -> None:
+        """Take part in a pass of an expert-parallel group with no tokens of this rank's own."""
+        self._model.join()

@@ -29,7 +29,11 @@ int main() {
     test::add_combine_tests(tests);
     test::add_decoder_layer_tests(tests);
     test::add_draw_tokens_tests(tests);
+    test::add_dispatch_plan_tests(tests);
     test::add_embedding_tests(tests);
+    test::add_expert_parallel_tests(tests);
+    test::add_gather_rows_tests(tests);
+    test::add_transport_tests(tests);
     test::add_moe_layer_tests(tests);
     test::add_paged_attention_tests(tests);
     test::add_rms_norm_tests(tests);

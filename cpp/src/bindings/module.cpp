@@ -33,6 +33,7 @@ PYBIND11_MODULE(_core, module) {
 
     moecore::bindings::bind_ops(module);
     moecore::bindings::bind_decoder_ops(module);
+    moecore::bindings::bind_transport(module);
     moecore::bindings::bind_moe_layer(module);
     moecore::bindings::bind_decoder_layer(module);
     moecore::bindings::bind_decoder(module);

@@ -8,24 +8,15 @@ import importlib.resources
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from moecore.cli.check import Check
+from moecore.cli.rank_check import rank_check
 
 _PACKAGES = ("safetensors", "tokenizers", "huggingface_hub", "jinja2", "tqdm", "rich", "numpy")
 _OLDEST_TORCH = (2, 10)
 _BUNDLED_FILES = ("config.json", "tokenizer.json", "model.safetensors")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. "problem": something will not work; "note": it works, and could be better."""
-
-    name: str
-    status: Literal["ok", "note", "problem"]
-    detail: str
-    advice: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def run_checks() -> list[Check]:
@@ -155,6 +146,13 @@ def _nccl(name: str) -> Check:
     return Check(name, "ok", "not found; only several GPUs need it", _ADVICE[name], facts)
 
 
+def _ranks(name: str) -> Check:
+    import torch
+
+    has_nccl = any(_nccl("NCCL").facts["places"].values())
+    return rank_check(name, _usable_cpus(), torch.cuda.device_count(), has_nccl)
+
+
 def _huge_pages(name: str) -> Check:
     file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not file.exists():
@@ -209,6 +207,7 @@ _CHECKS: dict[str, Callable[[str], Check]] = {
     "OpenMP": _openmp,
     "GPUs": _gpus,
     "NCCL": _nccl,
+    "expert parallelism": _ranks,
     "huge pages": _huge_pages,
     "memory": _memory,
     "packages": _packages,

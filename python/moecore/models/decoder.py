@@ -21,6 +21,7 @@ from moecore.models.layers import MLP, Linear, Parameter, Placement, fill, one_m
 from moecore.models.moe import MoE
 from moecore.models.names import CheckpointNames
 from moecore.ops import PackedWeights
+from moecore.transport import Transport
 
 
 class Activations:
@@ -92,7 +93,7 @@ class DecoderLayer:
         layer: int,
         config: ModelConfig,
         names: CheckpointNames,
-        local_experts: range,
+        transport: Transport | None,
     ) -> None:
         prefix = f"model.layers.{layer}"
         hidden = config.hidden_size
@@ -103,7 +104,7 @@ class DecoderLayer:
         self._attention = SelfAttention(place, layer, config)
         self._mlp: MLP | MoE
         if config.moe_layers[layer]:
-            self._mlp = MoE(place, prefix, hidden, config.moe, names, local_experts)
+            self._mlp = MoE(place, prefix, hidden, config.moe, names, transport)
         else:
             self._mlp = MLP(place, f"{prefix}.mlp", hidden, config.intermediate_size)
         self.native = _core.DecoderLayer(
@@ -150,6 +151,11 @@ class DecoderLayer:
         attention(self._index, a.q, a.k, a.v, batch, out=a.attended)
         self.native.after_attention(a.native)
 
+    def join(self, a: Activations) -> None:
+        """Run this rank's experts for other ranks' tokens; `a` is of none."""
+        if isinstance(self._mlp, MoE):
+            self.native.after_attention(a.native)
+
 
 class CausalLM:
     """Embedding, decoder layers, final norm and the head: token ids to logits.
@@ -159,7 +165,8 @@ class CausalLM:
         names: of its tensors in a checkpoint.
         device: where it runs.
         dtype: of weights and activations, float32 or bfloat16.
-        local_experts: this rank's experts (default: all).
+        transport: to the other ranks of an expert-parallel group, each of which holds its share of
+            the experts and runs its own tokens: every forward pass is then all ranks' together.
     """
 
     def __init__(
@@ -169,11 +176,11 @@ class CausalLM:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        local_experts: range | None = None,
+        transport: Transport | None = None,
     ) -> None:
         place = Placement(device, dtype)
-        experts = range(config.moe.num_experts) if local_experts is None else local_experts
         self.config = config
+        self.is_distributed = transport is not None  # over several ranks
         self._names = names
         self._place = place
         # A tied embedding is read from the head's rows: one copy serves both.
@@ -183,7 +190,7 @@ class CausalLM:
         if not config.tie_word_embeddings:
             self._embedding = place.empty(config.vocab_size, config.hidden_size)
         self._layers = [
-            DecoderLayer(place, i, config, names, experts) for i in range(config.num_layers)
+            DecoderLayer(place, i, config, names, transport) for i in range(config.num_layers)
         ]
         self._norm = Parameter(place, "model.norm.weight", config.hidden_size)
         self._activations: dict[int, Activations] = {}
@@ -280,6 +287,12 @@ class CausalLM:
             batch.logit_rows,
             logits,
         )
+
+    def join(self) -> None:
+        """Take part in a pass of the group with no tokens of this rank's own."""
+        a = self._activations_of(0)
+        for layer in self._layers:
+            layer.join(a)
 
     def _activations_of(self, num_tokens: int) -> Activations:
         """Buffers for T tokens; those of the last few T are kept, so that decode allocates none."""
