@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
     constexpr int kStages = Shared<kD, kRowWarps>::kStages;
     const KvCacheArgs& cache = args.cache;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int cluster = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+    const int rank = static_cast<int>(cluster_rank());
+    int cluster = static_cast<int>(cluster_size());
     const int group = static_cast<int>(args.num_heads / cache.num_kv_heads);
     const int head = blockIdx.y;
     wait_for_predecessors();
@@ -139,6 +140,10 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
     const int context = tile.first_position + last_row / group + 1;
     const int num_blocks = ceil_div(context, kBlock);
     const int num_splits = ceil_div(num_blocks, kBlocksPerSplit);
+    if (num_splits == 1) {  // nothing to add up: one block does it, and the others leave
+        if (rank > 0) return;
+        cluster = 1;
+    }
     const auto next = [&](int block) {
         return block + (block % kBlocksPerSplit < kBlocksPerSplit - 1
                             ? 1
@@ -243,7 +248,9 @@ void launch(const PagedAttentionArgs& args, Stream stream) {
     const int64_t tiles = std::min(args.num_tokens * ceil_div(group, rows),
                                    args.num_tokens * group / rows + args.cache.num_sequences);
     int64_t cluster = is_sm90() ? kMaxCluster : 1;
-    while (cluster > 1 && tiles * args.cache.num_kv_heads * cluster > kTilesWanted) cluster /= 2;
+    // Clusters of eight pack badly: two for each multiprocessor would not run at once.
+    const auto wanted = [&] { return cluster == kMaxCluster ? kTilesWanted / 2 : kTilesWanted; };
+    while (cluster > 1 && tiles * args.cache.num_kv_heads * cluster > wanted()) cluster /= 2;
     const auto kernel = paged_attention_kernel<kD, kRowWarps>;
     constexpr auto kBytes = sizeof(Shared<kD, kRowWarps>);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),

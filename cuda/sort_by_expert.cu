@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kMaxWarps = 32;
 constexpr int kMaxBlocks = 8;                       ///< every device with clusters grants that many
-constexpr int64_t kSlotsPerBlock = 2048;            ///< before another block joins
+constexpr int64_t kSlotsPerBlock = 512;             ///< before another block joins
 constexpr size_t kGrantedBytes = size_t{48} << 10;  ///< of shared memory, unasked
 
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize)

@@ -102,12 +102,25 @@ __device__ inline void sort_slots(const SortByExpertArgs& args, int64_t begin, i
     rank_segment(args, segment, segment_end, lane, counters + warp, stride);
     __syncthreads();  // counts are complete
 
-    // 2. Turn the warps' counts into those of lower warps, and tell the cluster the block's.
-    for (int expert = warp; expert < num_experts; expert += num_warps) {
-        const int count = lane < num_warps ? counters[expert * stride + lane] : 0;
-        const int up_to_here = inclusive_sum(count, lane);
-        if (lane < num_warps) counters[expert * stride + lane] = up_to_here - count;
-        if (lane == kWarpSize - 1) block_count[expert] = up_to_here;
+    // 2. Turn the warps' counts into those of lower warps, and tell the cluster the block's: a few
+    //    counts by one thread, many by one warp.
+    if (num_warps <= kWarpSize / 4) {
+        for (int expert = threadIdx.x; expert < num_experts; expert += blockDim.x) {
+            int count = 0;
+            for (int w = 0; w < num_warps; ++w) {
+                const int in_segment = counters[expert * stride + w];
+                counters[expert * stride + w] = count;
+                count += in_segment;
+            }
+            block_count[expert] = count;
+        }
+    } else {
+        for (int expert = warp; expert < num_experts; expert += num_warps) {
+            const int count = lane < num_warps ? counters[expert * stride + lane] : 0;
+            const int up_to_here = inclusive_sum(count, lane);
+            if (lane < num_warps) counters[expert * stride + lane] = up_to_here - count;
+            if (lane == kWarpSize - 1) block_count[expert] = up_to_here;
+        }
     }
     cluster_sync();  // every block's counts are there
 
