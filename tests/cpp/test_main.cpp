@@ -35,6 +35,7 @@ int main() {
     test::add_gather_rows_tests(tests);
     test::add_transport_tests(tests);
     test::add_moe_layer_tests(tests);
+    test::add_norm_and_rotate_tests(tests);
     test::add_paged_attention_tests(tests);
     test::add_rms_norm_tests(tests);
     test::add_rotary_embedding_tests(tests);

@@ -46,6 +46,7 @@ void add_expert_parallel_tests(std::vector<Test>& tests);
 void add_gather_rows_tests(std::vector<Test>& tests);
 void add_embedding_tests(std::vector<Test>& tests);
 void add_moe_layer_tests(std::vector<Test>& tests);
+void add_norm_and_rotate_tests(std::vector<Test>& tests);
 void add_paged_attention_tests(std::vector<Test>& tests);
 void add_rms_norm_tests(std::vector<Test>& tests);
 void add_rotary_embedding_tests(std::vector<Test>& tests);
