@@ -2,8 +2,8 @@
 #include <numeric>
 #include <utility>
 
-#include "cpu/parallel.hpp"
 #include "moecore/dispatcher.hpp"
+#include "moecore/threads.hpp"
 
 namespace moecore {
 namespace {
@@ -45,9 +45,18 @@ private:
 
 template <typename Fn>
 void for_each_chunk(const std::vector<Chunk>& chunks, Fn&& fn) {
-    cpu::parallel_ranges(static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) fn(static_cast<size_t>(i));
-    });
+    // A thread pays from about four chunks on; more than eight wait for each other longer than they
+    // work.
+    constexpr int kChunksPerThread = 4, kMaxThreads = 8;
+    const int count = static_cast<int>(chunks.size());
+    const int threads =
+        std::clamp(count / kChunksPerThread, 1, std::min(num_threads(), kMaxThreads));
+    if (threads == 1) {
+        for (size_t i = 0; i < chunks.size(); ++i) fn(i);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int i = 0; i < count; ++i) fn(static_cast<size_t>(i));
 }
 
 /// fn(host, first group) for every rank that owns an expert of a token, whose ids are `ids`.
