@@ -47,6 +47,7 @@ private:
     std::shared_ptr<void> memory_;
     Mailboxes boxes_;
     int rank_;
+    int spins_;
     uint64_t call_ = 0;
     std::vector<Outgoing> out_;
     std::vector<Incoming> in_;
