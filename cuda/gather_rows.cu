@@ -20,9 +20,12 @@ constexpr int64_t kBytesPerBlock = 4096;
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
     gather_rows_kernel(const __grid_constant__ GatherRowsArgs args) {
+    wait_for_predecessors();
+    allow_dependents();
     const int64_t i = blockIdx.x;
-    const int64_t row = args.index[i];
-    if (row < 0 || row >= args.num_inputs) return;
+    const int index = args.index[i];
+    const int64_t row = index / args.slots_per_row;
+    if (index < 0 || row >= args.num_inputs) return;
     const char* source = static_cast<const char*>(args.input) + row * args.input_stride;
     char* target = static_cast<char*>(args.output) + i * args.output_stride;
     const int64_t begin = int64_t{blockIdx.y} * kBytesPerBlock;
@@ -45,8 +48,7 @@ void gather_rows(const GatherRowsArgs& args, Stream stream) {
         alignment % sizeof(uint4) == 0 ? gather_rows_kernel<uint4> : gather_rows_kernel<uint16_t>;
     const dim3 grid(static_cast<unsigned>(args.num_outputs),
                     static_cast<unsigned>(ceil_div(args.row_bytes, kBytesPerBlock)));
-    kernel<<<grid, kThreads, 0, native(stream)>>>(args);
-    check(cudaPeekAtLastError(), "gather_rows launch");
+    launch_dependent("gather_rows", kernel, grid, dim3(kThreads), 0, stream, args);
 }
 
 }  // namespace moecore::cuda

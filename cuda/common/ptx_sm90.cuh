@@ -83,6 +83,17 @@ __device__ inline void copy_box(uint32_t target, const CUtensorMap& map, const i
         : "memory");
 }
 
+/// The same of a map of two dimensions.
+__device__ inline void copy_box(uint32_t target, const CUtensorMap& map, const int (&coordinate)[2],
+                                uint32_t barrier, Keep keep) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+        "l"(&map), "r"(coordinate[0]), "r"(coordinate[1]), "r"(barrier),
+        "l"(static_cast<uint64_t>(keep))
+        : "memory");
+}
+
 /// Copies 16 bytes to shared memory past L1, or writes zeros there and reads nothing.
 __device__ inline void copy_16(uint32_t target, const void* source, bool is_zero) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
@@ -142,10 +153,10 @@ __device__ void shrink_registers() {
 /// Stores four 8 x 8 matrices of 16-bit elements, transposed: lane l holds elements (l / 4,
 /// 2 (l % 4)) and the next of each; lane 8 m + i gives the address where column i of matrix m goes.
 __device__ inline void store_transposed(uint32_t address, const uint32_t (&fragment)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     address),
-                 "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+        "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+        : "memory");
 }
 
 __device__ inline uint4 load_shared(uint32_t address) {

@@ -42,7 +42,8 @@ constexpr int weight_rows(GemmKernel kernel) { return kernel == GemmKernel::kWid
 constexpr GemmConfig with_stages(GemmKernel kernel, int max_tokens) {
     constexpr int kRowBytes = 128;  // of one K block
     const int64_t stage = int64_t{kRowBytes} * (weight_rows(kernel) + max_tokens);
-    return {kernel, max_tokens, static_cast<int>(std::min<int64_t>(ring_bytes(kernel) / stage, 12))};
+    return {kernel, max_tokens,
+            static_cast<int>(std::min<int64_t>(ring_bytes(kernel) / stage, 12))};
 }
 
 /// Tiles for a problem that the sm_90a kernels can take. Rows are taken to be spread evenly: a
@@ -57,9 +58,8 @@ constexpr GemmConfig choose_config(const GemmProblem& problem) {
         const int max_tokens = static_cast<int>((likely + 7) / 8 * 8);
         return with_stages(GemmKernel::kNarrow, std::max(max_tokens, 8));
     }
-    constexpr int kLargest = 192;
-    const int max_tokens = static_cast<int>(std::min<int64_t>((likely + 15) / 16 * 16, kLargest));
-    return with_stages(GemmKernel::kWide, max_tokens);
+    // Multiples of 64: the copy engine brings so many rows at a time.
+    return with_stages(GemmKernel::kWide, likely <= 128 ? 128 : 192);
 }
 
 }  // namespace moecore::cuda

@@ -36,6 +36,27 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
+/// A bfloat16 tensor as the copy engine sees it, swizzled for wgmma; zeros lie around it.
+template <size_t kRank>
+CUtensorMap encode_map(const void* data, const std::array<cuuint64_t, kRank>& sizes,
+                       const std::array<cuuint64_t, kRank - 1>& strides,
+                       const std::array<cuuint32_t, kRank>& box, const char* name, int64_t n,
+                       int64_t k_dim) {
+    static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
+    std::array<cuuint32_t, kRank> steps;
+    steps.fill(1);
+    CUtensorMap map{};
+    const CUresult result =
+        encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes.data(),
+               strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS)
+        throw CudaError(concat("grouped_gemm: cuTensorMapEncodeTiled failed with error ",
+                               static_cast<int>(result), " for ", name, " [", n, ", ", k_dim, "]"));
+    return map;
+}
+
 /// Weights as {K, 8 rows, halves or eights, eights, groups}. Gated: eight rows of gate and the same
 /// eight of up take turns, whatever their order in memory, so that both sums of a feature reach one
 /// thread.
@@ -45,9 +66,8 @@ CUtensorMap map_weights(const GroupedGemmArgs& args, int weight_rows) {
     const bool is_interleaved = args.config.gate_order == GateOrder::kInterleaved;
     const int64_t row = args.n_stride * 2;  // bytes
     const int64_t features = args.n / 2;
-    const std::array<cuuint64_t, 5> sizes = {
-        size(args.k_dim), 8, size(gated ? 2 : args.n / 8), size(gated ? features / 8 : 1),
-        size(args.num_groups)};
+    const std::array<cuuint64_t, 5> sizes = {size(args.k_dim), 8, size(gated ? 2 : args.n / 8),
+                                             size(gated ? features / 8 : 1), size(args.num_groups)};
     const int64_t feature = gated && is_interleaved ? 2 * row : row;
     const int64_t half = is_interleaved ? row : features * row;
     const int64_t group = args.num_groups > 1 ? args.group_stride * 2 : args.n * row;
@@ -56,19 +76,16 @@ CUtensorMap map_weights(const GroupedGemmArgs& args, int weight_rows) {
     const auto eights = static_cast<cuuint32_t>(weight_rows / 8);
     const std::array<cuuint32_t, 5> box = {BLOCK_K, 8, gated ? 2 : eights, gated ? eights / 2 : 1,
                                            1};
-    const std::array<cuuint32_t, 5> steps = {1, 1, 1, 1, 1};
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
-    CUtensorMap map{};
-    const CUresult result = encode(
-        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, sizes.size(), const_cast<void*>(args.weights),
-        sizes.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS)
-        throw CudaError(concat("grouped_gemm: cuTensorMapEncodeTiled failed with error ",
-                               static_cast<int>(result), " for weights [", args.num_groups, ", ",
-                               args.n, ", ", args.k_dim, "]"));
-    return map;
+    return encode_map(args.weights, sizes, strides, box, "weights", args.n, args.k_dim);
+}
+
+/// Input as {K, rows}, for rows that lie side by side.
+CUtensorMap map_rows(const GroupedGemmArgs& args) {
+    const std::array<cuuint64_t, 2> sizes = {static_cast<cuuint64_t>(args.k_dim),
+                                             static_cast<cuuint64_t>(args.num_input_rows)};
+    const std::array<cuuint64_t, 1> strides = {static_cast<cuuint64_t>(args.input_stride * 2)};
+    const std::array<cuuint32_t, 2> box = {BLOCK_K, kBoxRows};
+    return encode_map(args.input, sizes, strides, box, "input", args.num_input_rows, args.k_dim);
 }
 
 bool is_multiple_of_16(const void* pointer) { return std::bit_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -81,6 +98,8 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
     params.stage_bytes = Shape::kWeightBytes + config.max_tokens * kRowBytes;
     params.num_k_blocks = static_cast<int>(ceil_div(args.k_dim, BLOCK_K));
     params.is_output_aligned = is_multiple_of_16(args.output) && args.output_stride % 8 == 0;
+    params.copies_rows = config.kernel == GemmKernel::kWide && args.sorted_slots == nullptr &&
+                         config.max_tokens % kBoxRows == 0;
     params.grid.expert_offsets = args.expert_offsets;
     params.grid.num_groups = args.num_groups;
     params.grid.num_rows = static_cast<int>(args.num_rows);
@@ -93,17 +112,20 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
           "cudaDeviceGetAttribute");
     const auto kernel = grouped_gemm_kernel<kActivation, Shape>;
     const int shared_bytes = params.num_stages * params.stage_bytes + kRingAlignment;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+    // The most that any launch takes: another thread may launch the same kernel at this moment.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(ring_bytes(config.kernel)) + kRingAlignment),
           "cudaFuncSetAttribute");
     // Every group that has rows can end in one tile that is not full.
-    const int64_t most_tiles = (args.num_rows / config.max_tokens +
-                                std::min<int64_t>(args.num_rows, args.num_groups)) *
-                               params.grid.num_weight_tiles;
+    const int64_t most_tiles =
+        (args.num_rows / config.max_tokens + std::min<int64_t>(args.num_rows, args.num_groups)) *
+        params.grid.num_weight_tiles;
     const int64_t blocks =
         std::min<int64_t>(most_tiles, num_multiprocessors * Shape::kResidentBlocks);
     launch_dependent("grouped_gemm", kernel, dim3(static_cast<unsigned>(blocks)),
                      dim3(Shape::kThreads), static_cast<size_t>(shared_bytes), stream, params,
-                     map_weights(args, Shape::kWeightRows));
+                     map_weights(args, Shape::kWeightRows),
+                     params.copies_rows ? map_rows(args) : CUtensorMap{});
 }
 
 template <typename Shape>

@@ -34,10 +34,9 @@ __device__ __forceinline__ void multiply(const Params& params, Stage& stage, int
         for (int step = 0; step < BLOCK_K / 16; ++step)
 #pragma unroll
             for (int block = 0; block < Shape::kBlocks; ++block)
-                ptx::wgmma<kWidth>(
-                    sums[block],
-                    ptx::swizzled_tile(weights + block * 64 * kRowBytes + step * 32),
-                    ptx::swizzled_tile(rows + step * 32));
+                ptx::wgmma<kWidth>(sums[block],
+                                   ptx::swizzled_tile(weights + block * 64 * kRowBytes + step * 32),
+                                   ptx::swizzled_tile(rows + step * 32));
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();
         if (held >= 0 && is_leader) ptx::barrier_arrive(stage.empty(held));
@@ -126,11 +125,11 @@ __device__ void consume(const Params& params, Stage stage, int consumer) {
 template <Activation kActivation, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
     grouped_gemm_kernel(const __grid_constant__ Params params,
-                        const __grid_constant__ CUtensorMap weights_map) {
+                        const __grid_constant__ CUtensorMap weights_map,
+                        const __grid_constant__ CUtensorMap rows_map) {
     extern __shared__ uint8_t shared[];
     __shared__ RingState state;
-    const uint32_t ring =
-        ceil_div(ptx::shared_address(shared), kRingAlignment) * kRingAlignment;
+    const uint32_t ring = ceil_div(ptx::shared_address(shared), kRingAlignment) * kRingAlignment;
     const Stage stage(params, ring, state);
     const int group = threadIdx.x / kGroupThreads;  // 0 produces
     const int warp = threadIdx.x / kWarpSize;
@@ -138,8 +137,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
     // 1. Set up while the kernels before this one may still run.
     if (threadIdx.x == 0) {
         ptx::prefetch_map(weights_map);
+        if (params.copies_rows) ptx::prefetch_map(rows_map);
+        const int num_arrivals = 1 + (params.copies_rows ? 0 : kGatherThreads);
         for (int i = 0; i < params.num_stages; ++i) {
-            ptx::barrier_init(ptx::shared_address(&state.full[i]), 1 + kGatherThreads);
+            ptx::barrier_init(ptx::shared_address(&state.full[i]), num_arrivals);
             ptx::barrier_init(ptx::shared_address(&state.empty[i]), 4 * Shape::kConsumers);
         }
         ptx::fence_barrier_init();
@@ -149,13 +150,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
     allow_dependents();
 
     // 2. Every warpgroup keeps its role to the end.
-    constexpr bool kMovesRegisters = Shape::kThreads * kConsumerRegisters > 65536 &&
-                                     Shape::kResidentBlocks == 1;
+    constexpr bool kMovesRegisters =
+        Shape::kThreads * kConsumerRegisters > 65536 && Shape::kResidentBlocks == 1;
     if (group == 0) {
         if constexpr (kMovesRegisters) ptx::shrink_registers<kProducerRegisters>();
         if (warp == 0)
-            produce_weights<kActivation != Activation::kNone, Shape>(params, weights_map, stage);
-        else
+            produce_boxes<kActivation != Activation::kNone, Shape>(params, weights_map, rows_map,
+                                                                   stage);
+        else if (!params.copies_rows)
             produce_rows<Shape>(params, stage);
     } else {
         if constexpr (kMovesRegisters) ptx::grow_registers<kConsumerRegisters>();

@@ -2,14 +2,19 @@
 
 // The warpgroup that fills the ring: one warp has the copy engine load weights, three gather input
 // rows. Each warp walks the tiles by itself, so that weights never wait for the search of rows.
+// Rows that lie side by side come by the copy engine too: it is faster, and the three warps are
+// idle.
 
 #include "grouped_gemm/sm90_stages.cuh"
 
 namespace moecore::cuda::sm90 {
 
-/// Loads boxes of weights, and tells consumers which tile a stage begins.
+/// Loads boxes of weights, and of rows with copies_rows, and tells consumers which tile a stage
+/// begins. The last box of rows may reach past the tile; what it brings is multiplied, not stored.
 template <bool kIsGated, typename Shape>
-__device__ void produce_weights(const Params& params, const CUtensorMap& map, Stage stage) {
+__device__ void produce_boxes(const Params& params, const CUtensorMap& map,
+                              const CUtensorMap& rows_map, Stage stage) {
+    constexpr int kBoxBytes = kBoxRows * kRowBytes;
     const bool is_leader = threadIdx.x % kWarpSize == 0;
     typename Shape::Walker walker(params.grid);
     Tile tile;
@@ -17,13 +22,21 @@ __device__ void produce_weights(const Params& params, const CUtensorMap& map, St
         if (is_leader) {
             // Rows of a box come in eights; gated: eight of gate, the same eight of up.
             const int eights = tile.weight_tile * (Shape::kWeightRows / (kIsGated ? 16 : 8));
+            const int row_boxes = params.copies_rows ? ceil_div(tile.num_rows, kBoxRows) : 0;
             for (int k = 0; k < params.num_k_blocks; ++k) {
                 stage.wait_empty();
                 if (k == 0) stage.tile() = tile;
-                ptx::barrier_arrive_expect(stage.full(), Shape::kWeightBytes);
+                ptx::barrier_arrive_expect(stage.full(),
+                                           Shape::kWeightBytes + row_boxes * kBoxBytes);
                 const int box[5] = {k * BLOCK_K, 0, kIsGated ? 0 : eights, kIsGated ? eights : 0,
                                     tile.group};
-                ptx::copy_box(stage.weights(), map, box, stage.full(), ptx::Keep::kBriefly);
+                ptx::copy_box(stage.weights(), map, box, stage.full(),
+                              params.copies_rows ? ptx::Keep::kNormal : ptx::Keep::kBriefly);
+                for (int i = 0; i < row_boxes; ++i) {
+                    const int rows[2] = {k * BLOCK_K, tile.first_row + i * kBoxRows};
+                    ptx::copy_box(stage.weights() + Shape::kWeightBytes + i * kBoxBytes, rows_map,
+                                  rows, stage.full(), ptx::Keep::kNormal);
+                }
                 stage.advance();
             }
         }

@@ -12,12 +12,13 @@
 namespace moecore::cuda::sm90 {
 
 constexpr int kWarpSize = 32;
-constexpr int kGroupThreads = 128;            ///< a warpgroup
-constexpr int BLOCK_K = 64;                   ///< of one stage
-constexpr int kRowBytes = 2 * BLOCK_K;        ///< of a stage: 128 bytes, the width of the swizzle
+constexpr int kGroupThreads = 128;             ///< a warpgroup
+constexpr int BLOCK_K = 64;                    ///< of one stage
+constexpr int kRowBytes = 2 * BLOCK_K;         ///< of a stage: 128 bytes, the width of the swizzle
 constexpr int kGatherThreads = 3 * kWarpSize;  ///< of the producers; the fourth warp loads weights
 constexpr int kMaxStages = 12;
 constexpr int kRingAlignment = 1024;  ///< of the swizzle
+constexpr int kBoxRows = 64;          ///< of input that the copy engine brings at a time
 
 /// A tile's shape: kConsumers warpgroups, each with kBlocks times 64 weight rows, times up to
 /// kMaxTokens rows in multiples of kRowStep.
@@ -43,11 +44,12 @@ struct Params {
     int stage_bytes;  ///< kWeightBytes, then max_tokens rows of input
     int num_k_blocks;
     bool is_output_aligned;  ///< rows of output take 16-byte stores
+    bool copies_rows;        ///< by the copy engine, kBoxRows at a time: they lie side by side
 };
 
 /// Barriers and tiles of the stages.
 struct RingState {
-    uint64_t full[kMaxStages];   ///< data has arrived: one arrival of weights, one a gather thread
+    uint64_t full[kMaxStages];   ///< data has arrived: one arrival of copies, one a gather thread
     uint64_t empty[kMaxStages];  ///< data is used: one arrival a consumer warp
     Tile tile[kMaxStages];       ///< of a stage that begins a tile
 };

@@ -105,6 +105,7 @@ private:
                       const TensorView& output) const;
     void run(const TensorView& hidden_states, const TensorView& router_logits,
              const TensorView& output, Workspace& workspace, Stream stream) const;
+    bool gathers_first(int64_t num_slots, Device device) const;
     SortedSlots take_sorted(int64_t num_slots, Workspace& workspace) const;
     void run_across_ranks(const TensorView& hidden_states, const TensorView& topk_ids,
                           const TensorView& topk_weights, const TensorView& output,

@@ -16,7 +16,7 @@ void gather_rows(const GatherRowsArgs& args) {
         for (int64_t i = begin; i < end; ++i)
             if (args.index[i] >= 0)
                 std::memcpy(output + i * args.output_stride,
-                            input + args.index[i] * args.input_stride,
+                            input + args.index[i] / args.slots_per_row * args.input_stride,
                             static_cast<size_t>(args.row_bytes));
     });
 }

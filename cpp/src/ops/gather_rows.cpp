@@ -7,8 +7,9 @@
 namespace moecore {
 
 void gather_rows(const TensorView& input, const TensorView& index, const TensorView& output,
-                 Stream stream) {
+                 Stream stream, int slots_per_row) {
     const Check check("gather_rows");
+    check.that(slots_per_row >= 1, "slots_per_row must be >= 1, got ", slots_per_row);
     check.dtype("input", input, {DType::kFloat32, DType::kBFloat16});
     check.shape("input", input, {Check::kAny, Check::kAny});
     check.rows_contiguous("input", input);
@@ -31,6 +32,7 @@ void gather_rows(const TensorView& input, const TensorView& index, const TensorV
         .output = output.data,
         .num_inputs = input.shape[0],
         .num_outputs = index.shape[0],
+        .slots_per_row = slots_per_row,
         .row_bytes = input.shape[1] * element_bytes,
         .input_stride = input.strides[0] * element_bytes,
         .output_stride = output.strides[0] * element_bytes,
@@ -38,9 +40,9 @@ void gather_rows(const TensorView& input, const TensorView& index, const TensorV
     switch (input.device.type) {
         case DeviceType::kCpu:
             for (int64_t i = 0; i < args.num_outputs; ++i)
-                check.that(args.index[i] >= -1 && args.index[i] < args.num_inputs,
-                           "index must be in [-1, ", args.num_inputs, "), got ", args.index[i],
-                           " at ", i);
+                check.that(args.index[i] >= -1 && args.index[i] < args.num_inputs * slots_per_row,
+                           "index must be in [-1, ", args.num_inputs * slots_per_row, "), got ",
+                           args.index[i], " at ", i);
             return cpu::gather_rows(args);
         case DeviceType::kCuda: {
             const cuda::DeviceScope scope(input.device.index);

@@ -14,6 +14,7 @@ struct GatherRowsArgs {
     void* output;          ///< [M] rows, out
     int64_t num_inputs;    ///< N
     int64_t num_outputs;   ///< M >= 0
+    int slots_per_row;     ///< >= 1; index / slots_per_row is the row of input
     int64_t row_bytes;     ///< even, > 0
     int64_t input_stride;
     int64_t output_stride;
@@ -23,7 +24,7 @@ namespace cpu {
 void gather_rows(const GatherRowsArgs& args);
 }
 namespace cuda {
-/// An index outside [0, num_inputs) leaves its row as it is.
+/// An index outside [0, num_inputs * slots_per_row) leaves its row as it is.
 void gather_rows(const GatherRowsArgs& args, Stream stream);
 }  // namespace cuda
 
