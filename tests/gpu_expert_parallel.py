@@ -197,8 +197,8 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         nccl_rank(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
     else:
-        for ranks in (2, 4):
-            run_virtual_ranks(ranks)
         if torch.cuda.device_count() > 1:
             for mode in ("hosts", "alone", "fault"):
                 run_nccl(torch.cuda.device_count(), mode)
+        for ranks in (2, 4):
+            run_virtual_ranks(ranks)

@@ -279,9 +279,11 @@ def test_survivors_name_the_rank_at_fault_within_the_deadline(fault, message, wi
     with Ranks(3, fault) as ranks:
         for rank in (0, 2):
             lines = ranks.output(rank).splitlines()
-            assert lines[0] == "ready" and len(lines) == 2, lines
+            assert lines[0] == "ready", lines
+            assert len(lines) == 2, lines
             culprit, phase, _, text = lines[1].split("|", 3)
-            assert culprit == "1" and phase, lines
+            assert culprit == "1", lines
+            assert phase, lines
             assert message in text
             assert "new transport" in text
         # Seen by a clock outside: rank 0 measures from its own first step, a moment earlier.

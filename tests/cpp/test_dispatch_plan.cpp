@@ -4,6 +4,7 @@
 
 #include "moecore/dispatcher.hpp"
 #include "moecore/ep_schedule.hpp"
+#include "moecore/threads.hpp"
 #include "test_main.hpp"
 
 namespace moecore::test {
@@ -136,6 +137,9 @@ void plans_of_all_ranks_fit_together() {
     check(Group(4, 5, 1, 4, {1, 2, 3, 4}, 4));  // groups without an expert
     check(Group(8, 64, 8, 3, {0, 0, 0, 17, 0, 1, 0, 2}, 5));
     check(Group(5, 5, 5, 1, {0, 0, 0, 0, 0}, 6));
+    // Many tokens are planned by several threads.
+    set_num_threads(4);
+    check(Group(3, 16, 2, 2, {9000, 0, 12000}, 7));
 }
 
 void schedule_follows_the_figures() {

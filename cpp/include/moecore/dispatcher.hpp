@@ -4,8 +4,7 @@
 #include <span>
 #include <vector>
 
-#include "moecore/stream.hpp"
-#include "moecore/tensor_view.hpp"
+#include "moecore/topk_routing.hpp"
 #include "moecore/transport.hpp"
 
 namespace moecore {
@@ -86,7 +85,8 @@ struct DispatchPlan {
           received_back(num_groups, num_ranks) {}
 };
 
-/// all_ids[r]: rank r's topk_ids [T_r, k], host memory.
+/// all_ids[r]: rank r's topk_ids [T_r, k], host memory. REQUIRES: 1 <= top_k <= kMaxTopK. Uses
+/// moecore::num_threads() threads; the plan does not depend on how many.
 DispatchPlan make_dispatch_plan(const ExpertPlaces& places, int rank, int top_k,
                                 std::span<const std::span<const int32_t>> all_ids);
 
