@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from moecore.assembly import Assembly
-from moecore.expert_parallel import agreement, worker
+from moecore.expert_parallel import worker
 from moecore.expert_parallel.rank import GroupRunner, Rank
 
 _LAST_PASS = 3
@@ -67,11 +67,6 @@ def fail():
     raise torch.OutOfMemoryError("no memory for the keys of 3 sequences")
 
 
-def other_instruction_set():
-    facts = agreement.facts_of
-    agreement.facts_of = lambda *given: {**facts(*given), "instruction set": "abacus"}
-
-
 _FAULTS = {
     "fails in a pass": lambda _: in_a_pass(fail),
     "is killed in a pass": lambda _: in_a_pass(lambda: os.kill(os.getpid(), signal.SIGKILL)),
@@ -83,8 +78,6 @@ _FAULTS = {
     "exits before loading": lambda _: before_loading(lambda: os._exit(3)),
     "is slow to load": lambda _: before_loading(lambda: time.sleep(2.0)),
     "has another model": lambda folder: with_options(model=folder),
-    "has another size": lambda _: with_options(max_num_seqs=7),
-    "has another processor": lambda _: other_instruction_set(),
 }
 
 if __name__ == "__main__":

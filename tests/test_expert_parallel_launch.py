@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,8 +14,10 @@ import pytest
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
+import moecore
 from moecore import LLM, SamplingParams, UnsupportedError
-from moecore.expert_parallel import launch
+from moecore.assembly import Assembly, EngineOptions
+from moecore.expert_parallel import agreement, launch
 from moecore.expert_parallel.environment import Launch
 from moecore.expert_parallel.group import are_on_one_machine, cache_shares, thread_shares
 from moecore.expert_parallel.rank import device_of_rank, open_transport
@@ -76,6 +79,32 @@ def test_ranks_with_different_models_all_say_so(place, tmp_path):
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (1, "")
         assert "model configuration must be the same on every rank" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_num_seqs": 7}, "max_num_seqs must be .* got 64 on rank 0 and 7 on rank 3"),
+        ({"dtype": "float32"}, "dtype must be .* got 'bfloat16' on rank 0 and 'float32' on rank 3"),
+        ({"seed": 1}, "seed must be .* got 0 on rank 0 and 1 on rank 3"),
+        ({"load_format": "dummy"}, "model weights must be .* and 'dummy' on rank 3"),
+        ({"cpu_isa": "abacus"}, "instruction set must be .* and 'abacus' on rank 3"),
+        ({}, None),
+    ],
+    ids=lambda value: next(iter(value), "none") if isinstance(value, dict) else "",
+)
+def test_what_differs_between_ranks_is_named(change, message, monkeypatch):
+    options = {"model": None, "device": "cpu", "dtype": "auto", "max_model_len": None}
+    options |= {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "kv_cache_memory": None}
+    options |= {"load_format": "auto", "revision": None, "seed": 0, "skip_tokenizer_init": True}
+    facts = agreement.facts_of(Assembly(EngineOptions(**options)), 4)
+    build = moecore.build_info()
+    if "cpu_isa" in change:
+        monkeypatch.setattr(agreement._core, "build_info", lambda: build | change)
+    changed = {name: value for name, value in change.items() if name in options}
+    others = agreement.facts_of(Assembly(EngineOptions(**options | changed)), 4)
+    found = agreement.disagreement(facts, json.loads(json.dumps(others)), 3)
+    assert found is None if message is None else re.search(f"^LLM: {message}", found)
 
 
 @pytest.mark.parametrize("size", [2, 4])
