@@ -3,6 +3,8 @@
     python bench/compare.py layer ...   one layer's experts: transformers' implementations
     python bench/compare.py model ...   whole models: transformers and, if installed, llama.cpp
 
+`pip install "moecore[bench]"` brings transformers. `pip install "moecore[llama-cpp]"` compiles
+llama.cpp for this machine, in some ten minutes on two cores.
 `--help` after either word shows its options.
 """
 
