@@ -11,7 +11,7 @@ shared machines it changes by itself, so samples are grouped by it.
     python bench/compare.py model [--models qwen3,mixtral] [--peers moecore,transformers-grouped_mm]
                                   [--cases prefill,decode1,decode8] [--repeats 5]
 
-llama.cpp takes part where `pip install llama-cpp-python gguf` has compiled it; its
+llama.cpp takes part where llama-cpp-python and gguf are installed; its
 GGUF file is written beside the checkpoint on first use. It runs with its own defaults: flash
 attention where it chooses it, float16 caches, weights mapped from the file.
 """
