@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "gpu.hpp"
 #include "harness.hpp"
 #include "moecore/build_info.hpp"
 #include "moecore/threads.hpp"
@@ -45,10 +46,7 @@ const Router kRouters[] = {
 constexpr size_t kBuffers = 4;
 constexpr double kSampleBytes = 2e6;  ///< of one sample: some 100 us, far above the clock's grain
 
-}  // namespace
-
-int main(int argc, char** argv) {
-    const Options options = parse_options(argc, argv, {1, 8, 32, 128, 512, 4096, 16384});
+void run_on_cpu(const Options& options) {
     BandwidthProbe probe;
     const double region_us = empty_region_us();
     Report report(options.json, {"shape", "E", "k", "T", "KB", "GB/s roof", "floor_us", "time_us",
@@ -88,5 +86,52 @@ int main(int argc, char** argv) {
                         format(sample.spread, 2), correct ? "yes" : "NO"});
         }
     }
+}
+
+void run_on_gpu(const Options& options) {
+    constexpr int kCount = 20;
+    Gpu gpu;
+    const double gbps = gpu.read_gbps();
+    Report report(options.json, {"shape", "E", "k", "T", "KB", "floor_us", "time_us", "ns/token",
+                                 "spread", "correct"});
+    report.note(gpu.name() + ", read " + format(gbps, 0) + " GB/s; " + std::to_string(kCount) +
+                " calls in a CUDA graph");
+    for (const Router& router : kRouters) {
+        if (!options.shape.empty() && options.shape != router.name) continue;
+        const int64_t experts = router.num_experts, top_k = router.config.top_k;
+        const OwnedTensor bias = random_tensor(DType::kFloat32, {experts}, 0.1f, 5);
+        const OwnedTensor bias_gpu = gpu.upload(bias);
+        for (const int64_t tokens : options.tokens) {
+            const OwnedTensor logits = random_tensor(DType::kFloat32, {tokens, experts}, 2.0f, 11);
+            const OwnedTensor x = gpu.upload(logits);
+            const OwnedTensor ids = gpu.empty(DType::kInt32, {tokens, top_k});
+            const OwnedTensor weights = gpu.empty(DType::kFloat32, {tokens, top_k});
+            const Sample sample = gpu.measure(kCount, options.repeats, false, [&](int) {
+                topk_routing(x.view, router.with_bias ? bias_gpu.view : TensorView{}, router.config,
+                             ids.view, weights.view, gpu.stream());
+            });
+            const OwnedTensor ids_cpu = empty_tensor(DType::kInt32, {tokens, top_k});
+            const OwnedTensor weights_cpu = empty_tensor(DType::kFloat32, {tokens, top_k});
+            gpu.download(ids_cpu.view.data, ids.view);
+            gpu.download(weights_cpu.view.data, weights.view);
+            const bool correct = check_routing(router.config, logits.view,
+                                               router.with_bias ? bias.view : TensorView{},
+                                               ids_cpu.view, weights_cpu.view);
+            const double bytes =
+                static_cast<double>(tokens) * static_cast<double>(4 * experts + 8 * top_k);
+            report.row({router.name, std::to_string(experts), std::to_string(top_k),
+                        std::to_string(tokens), format(bytes / 1e3, 1),
+                        format(bytes / gbps / 1e3, 2), format(sample.time_us, 2),
+                        format(sample.time_us * 1e3 / static_cast<double>(tokens), 1),
+                        format(sample.spread, 2), correct ? "yes" : "NO"});
+        }
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const Options options = parse_options(argc, argv, {1, 8, 32, 128, 512, 4096, 16384});
+    options.cuda ? run_on_gpu(options) : run_on_cpu(options);
     return 0;
 }

@@ -22,14 +22,14 @@ Options parse_options(int argc, char** argv, std::vector<int64_t> default_tokens
     const auto fail = [&](const std::string& what) {
         std::fprintf(stderr,
                      "%s: %s\nusage: %s [--json] [--threads N] [--tokens T,T,...] [--shape NAME] "
-                     "[--repeats N]\n",
+                     "[--repeats N] [--device cpu|cuda] [--skewed]\n",
                      argv[0], what.c_str(), argv[0]);
         std::exit(2);
     };
     for (int i = 1; i < argc; ++i) {
         const std::string flag = argv[i];
-        if (flag == "--json") {
-            options.json = true;
+        if (flag == "--json" || flag == "--skewed") {
+            (flag == "--json" ? options.json : options.skewed) = true;
             continue;
         }
         if (i + 1 == argc) fail("unknown option, or one without its value: " + flag);
@@ -38,6 +38,9 @@ Options parse_options(int argc, char** argv, std::vector<int64_t> default_tokens
             set_num_threads(std::atoi(value.c_str()));
         } else if (flag == "--repeats") {
             options.repeats = std::max(1, std::atoi(value.c_str()));
+        } else if (flag == "--device") {
+            if (value != "cpu" && value != "cuda") fail("--device must be cpu or cuda: " + value);
+            options.cuda = value == "cuda";
         } else if (flag == "--shape") {
             options.shape = value;
         } else if (flag == "--tokens") {
@@ -66,6 +69,23 @@ const std::vector<LayerShape>& layer_shapes() {
         {"gpt-oss-20b", 2880, 2880, 32, 4},
     };
     return shapes;
+}
+
+const std::vector<LayerShape>& gpu_layer_shapes() {
+    static const std::vector<LayerShape> shapes = {
+        {"mixtral-8x7b", 4096, 14336, 8, 2},
+        {"qwen3-30b-a3b", 2048, 768, 128, 8},
+        {"deepseek-v3/8", 7168, 2048, 32, 8},  // 32 experts, top-8 of them
+        {"gpt-oss-20b", 2880, 2880, 32, 4},
+    };
+    return shapes;
+}
+
+OwnedTensor random_logits(int64_t num_tokens, int64_t num_experts, bool skewed, uint64_t seed) {
+    OwnedTensor logits = random_tensor(DType::kFloat32, {num_tokens, num_experts}, 1.0f, seed);
+    for (int64_t i = 0; skewed && i < logits.view.num_elements(); ++i)
+        logits.view.as<float>()[i] -= std::log(1.0f + static_cast<float>(i % num_experts));
+    return logits;
 }
 
 OwnedTensor empty_tensor(DType dtype, std::initializer_list<int64_t> shape) {

@@ -22,13 +22,15 @@ void keep(const T& value) {
     asm volatile("" : : "g"(&value) : "memory");
 }
 
-/// --json, --threads N, --tokens 1,8,512, --shape NAME, --repeats N. Exits with a message on
-/// anything else.
+/// --json, --threads N, --tokens 1,8,512, --shape NAME, --repeats N, --device cpu|cuda, --skewed.
+/// Exits with a message on anything else.
 struct Options {
     bool json = false;
     int repeats = 15;
     std::vector<int64_t> tokens;
     std::string shape;
+    bool cuda = false;
+    bool skewed = false;  ///< experts are chosen with odds that fall as 1 / rank
 };
 Options parse_options(int argc, char** argv, std::vector<int64_t> default_tokens);
 
@@ -40,6 +42,8 @@ struct LayerShape {
 };
 /// Real models' layers, the large ones with fewer experts, and the two small test shapes.
 const std::vector<LayerShape>& layer_shapes();
+/// The same models whole, for a GPU; DeepSeek-V3 as one of 8 ranks sees it.
+const std::vector<LayerShape>& gpu_layer_shapes();
 
 /// A tensor that owns its memory, filled with N(0, scale) in float32 or bfloat16.
 struct OwnedTensor {
@@ -49,6 +53,8 @@ struct OwnedTensor {
 OwnedTensor random_tensor(DType dtype, std::initializer_list<int64_t> shape, float scale,
                           uint64_t seed);
 OwnedTensor empty_tensor(DType dtype, std::initializer_list<int64_t> shape);
+/// Router logits [T, E] float32 on the CPU, random or skewed.
+OwnedTensor random_logits(int64_t num_tokens, int64_t num_experts, bool skewed, uint64_t seed);
 
 /// One timed case. Bytes and flops are counted by the caller, next to the op's formula.
 struct Sample {

@@ -13,6 +13,7 @@ double widen(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16);
 /// weights [rows, width] @ x [width]
 std::vector<double> multiply(const OwnedTensor& weights, const std::vector<double>& x) {
     std::vector<double> y(static_cast<size_t>(weights.view.shape[0]));
+#pragma omp parallel for
     for (size_t r = 0; r < y.size(); ++r) {
         const uint16_t* row = weights.view.as<uint16_t>() + r * x.size();
         double sum = 0;
@@ -22,8 +23,9 @@ std::vector<double> multiply(const OwnedTensor& weights, const std::vector<doubl
     return y;
 }
 
-bool check_token(const LayerShape& shape, uint64_t layer, int64_t token, const TensorView& hidden,
-                 const TensorView& logits, const TensorView& output) {
+bool check_token(const LayerShape& shape, const std::function<ExpertWeights(int)>& expert_of,
+                 int64_t token, const TensorView& hidden, const TensorView& logits,
+                 const TensorView& output) {
     const auto width = static_cast<size_t>(shape.hidden_size);
     std::vector<double> x(width);
     for (size_t h = 0; h < width; ++h)
@@ -38,7 +40,7 @@ bool check_token(const LayerShape& shape, uint64_t layer, int64_t token, const T
 
     std::vector<double> sum(width);
     for (int j = 0; j < shape.top_k; ++j) {
-        const ExpertWeights expert = make_expert(shape, layer, order[j]);
+        const ExpertWeights expert = expert_of(order[j]);
         std::vector<double> inner = multiply(expert.gate, x);
         const std::vector<double> up = multiply(expert.up, x);
         for (size_t i = 0; i < inner.size(); ++i) inner[i] *= up[i] / (1 + std::exp(-inner[i]));
@@ -119,11 +121,11 @@ ExpertWeights make_expert(const LayerShape& shape, uint64_t layer, int expert) {
             random_tensor(DType::kBFloat16, {h, i}, 0.05f, seed + 2)};
 }
 
-bool check_layer(const LayerShape& shape, uint64_t layer, const TensorView& hidden,
-                 const TensorView& logits, const TensorView& output) {
+bool check_layer(const LayerShape& shape, const std::function<ExpertWeights(int)>& expert,
+                 const TensorView& hidden, const TensorView& logits, const TensorView& output) {
     const int64_t last = hidden.shape[0] - 1;
-    return check_token(shape, layer, 0, hidden, logits, output) &&
-           (last == 0 || check_token(shape, layer, last, hidden, logits, output));
+    return check_token(shape, expert, 0, hidden, logits, output) &&
+           (last == 0 || check_token(shape, expert, last, hidden, logits, output));
 }
 
 bool check_grouped_gemm(const TensorView& input, const TensorView& weights,

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <functional>
+
 #include "harness.hpp"
 #include "moecore/topk_routing.hpp"
 
@@ -11,11 +13,11 @@ struct ExpertWeights {
 };
 ExpertWeights make_expert(const LayerShape& shape, uint64_t layer, int expert);
 
-/// True if `output` is what layer `layer` must give for its first and its last token, by plain
-/// float64 loops: a relative error below 1 % each, which covers the bfloat16 rounding of the inner
-/// layer, of the rows and of the output (2^-9 each) and nothing else.
-bool check_layer(const LayerShape& shape, uint64_t layer, const TensorView& hidden,
-                 const TensorView& logits, const TensorView& output);
+/// True if `output` is what a layer with these experts must give for its first and its last token,
+/// by plain float64 loops: a relative error below 1 % each, which covers the bfloat16 rounding of
+/// the inner layer, of the rows and of the output (2^-9 each) and nothing else.
+bool check_layer(const LayerShape& shape, const std::function<ExpertWeights(int)>& expert,
+                 const TensorView& hidden, const TensorView& logits, const TensorView& output);
 
 /// True if `output` is what grouped_gemm must give, by plain float64 loops over every 7th column of
 /// the first, the middle and the last row: an error below 1 % of the row's norm, which covers

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "harness.hpp"
+#include "moecore/build_info.hpp"
 #include "moecore/threads.hpp"
 
 #if defined(__x86_64__)
@@ -36,6 +37,25 @@ __attribute__((target("avx512f"))) uint64_t sum_avx512(const char* p, size_t byt
 
 constexpr int kChains = 24;  ///< independent sums: more than latency times throughput
 constexpr int64_t kSteps = 200000;
+
+constexpr int kTileChains = 6;  ///< tile 6 and 7 are the factors
+
+/// Only after the core has asked the system for tiles.
+__attribute__((target("amx-tile,amx-bf16"))) float burn_amx(int64_t steps) {
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    asm volatile("ldtilecfg %0" : : "m"(config));
+    for (int64_t i = 0; i < steps; ++i)
+        asm volatile(
+            "tdpbf16ps %tmm7, %tmm6, %tmm0\n\ttdpbf16ps %tmm7, %tmm6, %tmm1\n\t"
+            "tdpbf16ps %tmm7, %tmm6, %tmm2\n\ttdpbf16ps %tmm7, %tmm6, %tmm3\n\t"
+            "tdpbf16ps %tmm7, %tmm6, %tmm4\n\ttdpbf16ps %tmm7, %tmm6, %tmm5");
+    asm volatile("tilerelease");
+    return 0.0f;
+}
 
 __attribute__((target("avx512f,avx512bf16"))) float burn_bf16(int64_t steps) {
     __m512 sum[kChains];
@@ -154,7 +174,10 @@ double matmul_gflops(bool bf16) {
 #if defined(__x86_64__)
     float (*burn)(int64_t) = nullptr;
     double flops_per_step = 0;
-    if (bf16 && __builtin_cpu_supports("avx512bf16")) {
+    if (bf16 && build_info().cpu_isa == "amx") {
+        burn = burn_amx;
+        flops_per_step = kTileChains * 16 * 16 * 32 * 2.0;
+    } else if (bf16 && __builtin_cpu_supports("avx512bf16")) {
         burn = burn_bf16;
         flops_per_step = kChains * 16 * 4.0;
     } else if (__builtin_cpu_supports("avx512f")) {

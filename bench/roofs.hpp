@@ -21,8 +21,9 @@ private:
     size_t next_ = 0;
 };
 
-/// GFLOP/s of multiply-adds on registers alone, on every thread: vdpbf16ps where the processor has
-/// it and `bf16` is set, else float32 FMA. 0 where neither AVX-512 nor AVX2 is there.
+/// GFLOP/s of multiply-adds on registers alone, on every thread. If `bf16` is set: AMX where the
+/// core uses it, or vdpbf16ps where the processor has it. Else float32 FMA. 0 where neither AVX-512
+/// nor AVX2 is there.
 double matmul_gflops(bool bf16);
 
 /// Microseconds of an empty OpenMP region on every thread: what a parallel op costs at least.

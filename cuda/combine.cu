@@ -4,7 +4,8 @@
 //   writes  T * H * sizeof(output) bytes                  output [T, H]
 //
 // One thread sums one vector of columns (16 bytes of a row, or one element where alignment forbids)
-// of one token, over j = 0 .. k - 1 and then the shared row. Needs sm_80.
+// of one token, over j = 0 .. k - 1 and then the shared row. It asks for the rows of four choices
+// at a time before it adds the first. Needs sm_80.
 
 #include <cuda_bf16.h>
 
@@ -21,6 +22,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kVectorBytes = 16;
+constexpr int kInFlight = 4;  ///< rows that a thread asks for at a time
 
 /// kCount neighbouring elements, moved by loads and stores of up to 16 bytes.
 template <typename T, int kCount>
@@ -28,13 +30,16 @@ struct alignas(sizeof(T) * kCount < kVectorBytes ? sizeof(T) * kCount : kVectorB
     T element[kCount];
 };
 
+template <typename Row, int kCount>
+__device__ Vector<Row, kCount> load(const Row* row) {
+    return *reinterpret_cast<const Vector<Row, kCount>*>(row);
+}
+
 /// sum += weight * row, element by element.
 template <typename Row, int kCount>
-__device__ void accumulate(float weight, const Row* row, float (&sum)[kCount]) {
-    const auto vector = *reinterpret_cast<const Vector<Row, kCount>*>(row);
+__device__ void accumulate(float weight, const Vector<Row, kCount>& row, float (&sum)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-        sum[i] = __fmaf_rn(weight, to_float(vector.element[i]), sum[i]);
+    for (int i = 0; i < kCount; ++i) sum[i] = __fmaf_rn(weight, to_float(row.element[i]), sum[i]);
 }
 
 /// Rounds and stores. Whole words go through __stwb, because nvcc splits the store of a struct.
@@ -60,6 +65,8 @@ __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ CombineArgs args) {
     const int64_t token = blockIdx.x;
     const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kCount;
+    wait_for_predecessors();
+    allow_dependents();
     if (column >= args.hidden_size) return;
 
     // 1. Add the chosen experts' rows.
@@ -67,10 +74,22 @@ __global__ void __launch_bounds__(kThreads)
     const float* weights = args.topk_weights + token * args.top_k;
     const Row* expert_rows = static_cast<const Row*>(args.expert_rows) + column;
     float sum[kCount] = {};
-    for (int j = 0; j < args.top_k; ++j) {
-        const int64_t row = slot_to_row[j];
-        if (row >= 0 && row < args.num_rows)  // -1 is a dropped slot
-            accumulate(weights[j], expert_rows + row * args.rows_stride, sum);
+    for (int first = 0; first < args.top_k; first += kInFlight) {
+        Vector<Row, kCount> rows[kInFlight];
+        float weight[kInFlight];
+        bool exists[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            const int j = first + i;
+            const int64_t row = j < args.top_k ? slot_to_row[j] : -1;
+            exists[i] = row >= 0 && row < args.num_rows;  // -1 is a dropped slot
+            if (!exists[i]) continue;
+            weight[i] = weights[j];
+            rows[i] = load<Row, kCount>(expert_rows + row * args.rows_stride);
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i)
+            if (exists[i]) accumulate(weight[i], rows[i], sum);
     }
 
     // 2. Add the shared expert's. Output may be the same memory: this thread alone touches these
@@ -78,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
     if (args.shared_output != nullptr) {
         const float scale = args.shared_scale != nullptr ? args.shared_scale[token] : 1.0f;
         const Row* shared_output = static_cast<const Row*>(args.shared_output) + column;
-        accumulate(scale, shared_output + token * args.shared_stride, sum);
+        accumulate(scale, load<Row, kCount>(shared_output + token * args.shared_stride), sum);
     }
 
     // 3. Round and store.
@@ -108,7 +127,7 @@ void launch(const CombineArgs& args, Stream stream) {
     const int64_t columns_per_block = int64_t{kThreads} * (use_vectors ? kCount : 1);
     const dim3 grid(static_cast<unsigned>(args.num_tokens),
                     static_cast<unsigned>(ceil_div(args.hidden_size, columns_per_block)));
-    kernel<<<grid, kThreads, 0, native(stream)>>>(args);
+    launch_dependent("combine", kernel, grid, dim3(kThreads), 0, stream, args);
 }
 
 }  // namespace
@@ -119,7 +138,6 @@ void combine(const CombineArgs& args, Stream stream) {
         launch<__nv_bfloat16>(args, stream);
     else
         launch<float>(args, stream);
-    check(cudaPeekAtLastError(), "combine launch");
 }
 
 }  // namespace moecore::cuda

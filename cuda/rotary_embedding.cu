@@ -23,6 +23,8 @@ __global__ void __launch_bounds__(kThreads)
     rotary_kernel(const __grid_constant__ RotaryEmbeddingArgs args) {
     const int64_t half = args.rotary_dim / 2;
     const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    wait_for_predecessors();
+    allow_dependents();
     if (index >= args.num_tokens * args.num_heads * half) return;
     const int64_t pair = index % half;
     const int64_t head = index / half % args.num_heads;
@@ -54,8 +56,7 @@ void rotary_embedding(const RotaryEmbeddingArgs& args, Stream stream) {
     const auto blocks = static_cast<unsigned>(ceil_div(num_pairs, int64_t{kThreads}));
     const auto kernel =
         args.dtype == DType::kBFloat16 ? rotary_kernel<__nv_bfloat16> : rotary_kernel<float>;
-    kernel<<<blocks, kThreads, 0, native(stream)>>>(args);
-    check(cudaPeekAtLastError(), "rotary_embedding launch");
+    launch_dependent("rotary_embedding", kernel, dim3(blocks), dim3(kThreads), 0, stream, args);
 }
 
 }  // namespace moecore::cuda

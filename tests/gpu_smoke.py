@@ -34,6 +34,8 @@ def main() -> None:
             logits = torch.randn(num_tokens, experts).cuda()
             assert layer(x, logits).isfinite().all()
         run_decoder_ops(dtype)
+    run_tensor_core_layer()
+    run_model()
     torch.cuda.synchronize()
 
 
@@ -48,6 +50,33 @@ def run_decoder_ops(dtype: torch.dtype) -> None:
         heads = x.view(num_tokens, 3, 24)
         ops.rotary_embedding(heads, ids.int(), angles)
         assert heads.isfinite().all()
+
+
+def run_tensor_core_layer() -> None:
+    """Sizes that the tensor cores' kernels take: few rows an expert, many, and none."""
+    experts, hidden, inner = 6, 136, 72
+    gate_up = torch.randn(experts, 2 * inner, hidden).bfloat16().cuda()
+    down = torch.randn(experts, hidden, inner).bfloat16().cuda()
+    layer = moecore.MoELayer(gate_up, down, ops.RoutingConfig(top_k=2))
+    for num_tokens in (1, 40, 700):
+        x = torch.randn(num_tokens, hidden).bfloat16().cuda()
+        logits = torch.randn(num_tokens, experts).cuda()
+        logits[:, 3] = -1e9
+        assert layer(x, logits).isfinite().all()
+
+
+def run_model() -> None:
+    """Prompts, then decodes in a CUDA graph and without one."""
+    params = moecore.SamplingParams(temperature=0, max_tokens=3)
+    for enforce_eager in (False, True):
+        with moecore.LLM(
+            device="cuda",
+            max_num_seqs=2,
+            kv_cache_memory=32 << 20,
+            enforce_eager=enforce_eager,
+            use_tqdm=False,
+        ) as llm:
+            llm.generate(["Once upon a time", "The king"], params, use_tqdm=False)
 
 
 if __name__ == "__main__":

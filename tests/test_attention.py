@@ -38,7 +38,7 @@ def batches(num_heads: int) -> list[Batch]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_native_and_torch_attention_agree(dtype, tmp_path):
     config = read_config(save(make_model("Qwen3Moe"), tmp_path))
-    native = NativeAttention(config, dtype, 6)
+    native = NativeAttention(config, dtype, 6, torch.device("cpu"))
     library = TorchAttention(config, dtype, 6, torch.device("cpu"))
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     torch.manual_seed(0)

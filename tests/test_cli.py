@@ -92,8 +92,10 @@ def test_generate_prints_each_piece_as_it_comes(llm, monkeypatch):
 
 
 def test_generate_passes_options_by_their_names(llm):
-    argv = "generate x --model m --revision r --device cpu --dtype float32 --max-model-len 64"
-    argv += " --temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --repetition-penalty 1.1"
+    argv = (
+        "generate x --model m --revision r --device cpu --dtype float32 --max-model-len 64 --ep 2"
+    )
+    argv += " --ep 2 --temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --repetition-penalty 1.1"
     argv += " --seed 3 --stop a --stop b --stop-token-ids 7 8 --ignore-eos --max-tokens 9"
     argv += " --min-tokens 2 --n 2 --logprobs 1 --json"
     assert main(argv.split()) == 0
@@ -105,6 +107,7 @@ def test_generate_passes_options_by_their_names(llm):
             "device": "cpu",
             "dtype": "float32",
             "max_model_len": 64,
+            "expert_parallel_size": 2,
             "use_tqdm": False,
         },
     )

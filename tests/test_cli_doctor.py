@@ -128,6 +128,18 @@ def test_doctor_sees_a_forced_instruction_set():
     assert out == f"note MOECORE_CPU_ISA holds it back: unset it to use {supported[-1]}\n"
 
 
+def test_doctor_says_why_an_instruction_set_is_denied(monkeypatch):
+    import moecore
+
+    info = moecore.build_info()
+    info = {**info, "cpu_isa": info["cpu_isas"][-1], "cpu_isa_denied": "amx: refused"}
+    monkeypatch.setattr(checks, "_build_info", lambda: info)
+    check = checks._instruction_set("instruction set")
+    assert check.status == "note"
+    assert check.detail.endswith("; without amx: refused")
+    assert "allow it" in check.advice
+
+
 def test_doctor_misses_files_of_the_bundled_model(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     (tmp_path / "bundled").mkdir()
@@ -144,3 +156,32 @@ def test_doctor_misses_packages(monkeypatch):
     monkeypatch.setattr(checks, "_PACKAGES", ("rich", "no-such-package"))
     check = checks._packages("packages")
     assert (check.status, check.advice) == ("problem", "pip install no-such-package")
+
+
+@pytest.mark.parametrize(
+    ("free", "environment", "status", "detail"),
+    [
+        (1 << 30, {}, "ok", "up to 2 ranks on the CPU, 1024 MiB in /dev/shm"),
+        (1 << 20, {}, "note", "1 MiB in /dev/shm"),
+        (1 << 30, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "problem", "MASTER_PORT"),
+        (
+            1 << 30,
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "ok",
+            "started as rank 1 of 2",
+        ),
+    ],
+)
+def test_doctor_says_what_ranks_need(monkeypatch, free, environment, status, detail):
+    import shutil
+    import types
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(checks, "_usable_cpus", lambda: 2.0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    check = by_name()["expert parallelism"]
+    assert check.status == status
+    assert detail in check.detail
+    assert bool(check.advice) == (status != "ok")
+    assert check.facts["shared_memory_free"] == free

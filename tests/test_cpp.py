@@ -64,6 +64,18 @@ def test_ops_know_neither_runtime_nor_bindings():
     assert_none(includes("cpp/src/ops"), lambda h: h in layer)
 
 
+def test_transports_carry_bytes_and_know_no_layer():
+    above = ("ops/", "runtime/", "bindings/", "moecore/moe_layer", "moecore/expert_parallel")
+    assert_none(includes("cpp/src/transport"), lambda h: h.startswith(above))
+
+
+def test_only_the_transports_know_each_other_and_nccl():
+    for folder in ("cpp/include", "cpp/src", "cuda"):
+        found = [line for line in includes(folder) if not line[0].startswith("cpp/src/transport/")]
+        found = [line for line in found if not line[0].startswith("cpp/src/bindings/")]
+        assert_none(found, lambda h: h.startswith("transport/") or "nccl" in h)
+
+
 def test_sources_define_no_macros():
     define = re.compile(r"^\s*#\s*define\b.*", re.MULTILINE)
     found = [

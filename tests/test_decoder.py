@@ -49,9 +49,11 @@ def test_one_call_gives_the_bits_of_the_parts_one_by_one(family, dtype, tmp_path
     config = read_config(save(make_model(family), tmp_path))
     model = load_model(tmp_path, config, device=torch.device("cpu"), dtype=dtype, progress=False)
     cos_sin = cos_sin_table(config.rope, 256, config.max_position_embeddings)
-    native, one_by_one = NativeAttention(config, dtype, 6), OneByOne(config, dtype, 6)
+    native, one_by_one = (
+        kind(config, dtype, 6, torch.device("cpu")) for kind in (NativeAttention, OneByOne)
+    )
     passes = [
-        batch_of([70, 3], [70, 3], [[4, 1], [3, -1]], [72, 69]),
+        batch_of([70, 3], [70, 3], [[4, 1], [3, -1]], [69, 72]),
         batch_of([1, 30], [4, 100], [[3, -1], [4, 1]], [0, 30]),
         batch_of([1, 1], [5, 101], [[3, -1], [4, 1]], [0, 1]),
         batch_of([2], [103], [[4, 1]], []),

@@ -72,6 +72,29 @@ def test_the_layer_agrees_between_the_cpu_and_the_gpu_and_replays_in_a_cuda_grap
 
 
 @needs_cuda
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 17, 255, 256, 257, 1000])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (128, 8), (256, 8), (512, 10)])
+def test_the_layer_routes_as_the_operators_do(num_experts, top_k, num_tokens):
+    generator = torch.Generator("cuda").manual_seed(num_tokens)
+    made = {"generator": generator, "device": "cuda"}
+    local = num_experts // 2
+    gate_up, down = torch.randn(local, 64, 32, **made), torch.randn(local, 32, 32, **made)
+    bias = torch.randn(num_experts, **made)
+    options = {"score_function": "sigmoid", "scale": 2.5}
+    layer = moecore.MoELayer(
+        gate_up,
+        down,
+        ops.RoutingConfig(top_k=top_k, **options),
+        selection_bias=bias,
+        num_experts=num_experts,
+        first_expert=num_experts // 4,
+    )
+    x, logits = torch.randn(num_tokens, 32, **made), torch.randn(num_tokens, num_experts, **made)
+    routed = ops.topk_routing(logits, top_k, selection_bias=bias, **options)
+    assert torch.equal(layer(x, logits), layer.forward_routed(x, *routed))
+
+
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 63, 64, 100, 1024])
 def test_norms_have_the_same_bits_on_the_cpu_and_the_gpu(width, dtype):
@@ -97,13 +120,19 @@ def test_what_lies_outside_a_table_is_nan_on_the_gpu():
 
 
 @needs_cuda
-def test_attention_on_the_gpu_names_torchs():
-    cache, rows = torch.zeros(1, 1, 512, device="cuda"), torch.zeros(1, 1, 8, device="cuda")
+def test_attention_on_the_gpu_names_what_it_cannot_take():
     batch = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 1], [1], [[0]])]
-    with pytest.raises(moecore.UnsupportedError, match="scaled_dot_product_attention"):
+    for head_dim, dtype in ((16, torch.float32), (8, torch.bfloat16)):
+        cache = torch.zeros(1, 1, 64 * head_dim, dtype=dtype, device="cuda")
+        rows = torch.zeros(1, 1, head_dim, dtype=dtype, device="cuda")
+        with pytest.raises(moecore.UnsupportedError, match="bfloat16 and the head size a multiple"):
+            ops.paged_attention(rows, cache, cache.clone(), *batch, scale=1.0)
+        with pytest.raises(moecore.UnsupportedError, match="bfloat16 and the head size a multiple"):
+            ops.write_kv_cache(rows, rows, cache, cache.clone(), *batch)
+    cache = torch.zeros(1, 1, 64 * 16, dtype=torch.bfloat16, device="cuda")
+    rows = torch.zeros(1, 33, dtype=torch.bfloat16, device="cuda")[:, 1:17].view(1, 1, 16)
+    with pytest.raises(ValueError, match="query must have its rows at multiples of 16 bytes"):
         ops.paged_attention(rows, cache, cache.clone(), *batch, scale=1.0)
-    with pytest.raises(moecore.UnsupportedError, match="scaled_dot_product_attention"):
-        ops.write_kv_cache(rows, rows, cache, cache.clone(), *batch)
 
 
 @needs_cuda

@@ -168,7 +168,6 @@ def test_unknown_keywords_name_the_nearest_known_one():
             ValueError,
             r"max_num_batched_tokens must be at least max_num_seqs \(64\), got 63",
         ),
-        ({"expert_parallel_size": 2}, moecore.UnsupportedError, "expert_parallel_size must be 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

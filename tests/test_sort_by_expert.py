@@ -41,6 +41,9 @@ CASES = {
     "rank-without-tokens": (make_ids(50, 2, 0, 8), 8, 8),
     "extreme-ids": (torch.tensor([[2**31 - 1, -(2**31)], [0, 1]], dtype=torch.int32), 2, 0),
     "largest": (make_ids(4096, 8, 0, 1024), 1024, 0),
+    "prefill": (make_ids(16384, 8, -1, 128), 128, 0),
+    "prefill-on-one-expert": (torch.full((16384, 8), 3, dtype=torch.int32), 128, 0),
+    "just-above-one-block": (make_ids(2049, 1, 0, 8), 8, 0),
 }
 
 

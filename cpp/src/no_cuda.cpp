@@ -4,13 +4,20 @@
 
 #include "moecore/error.hpp"
 #include "moecore/kernels/combine.hpp"
+#include "moecore/kernels/device_queue.hpp"
 #include "moecore/kernels/embedding.hpp"
+#include "moecore/kernels/gather_rows.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
+#include "moecore/kernels/locate_results.hpp"
 #include "moecore/kernels/memory.hpp"
+#include "moecore/kernels/norm_and_rotate.hpp"
+#include "moecore/kernels/paged_attention.hpp"
 #include "moecore/kernels/rms_norm.hpp"
 #include "moecore/kernels/rotary_embedding.hpp"
+#include "moecore/kernels/route_and_sort.hpp"
 #include "moecore/kernels/sort_by_expert.hpp"
 #include "moecore/kernels/topk_routing.hpp"
+#include "moecore/kernels/write_kv_cache.hpp"
 
 namespace moecore::cuda {
 namespace {
@@ -25,17 +32,39 @@ namespace {
 
 void topk_routing(const TopkRoutingArgs&, Stream) { throw_no_cuda("topk_routing"); }
 void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_expert"); }
+void route_and_sort(const RouteAndSortArgs&, Stream) { throw_no_cuda("route_and_sort"); }
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
 void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }
+void gather_rows(const GatherRowsArgs&, Stream) { throw_no_cuda("gather_rows"); }
+void locate_results(const LocateResultsArgs&, Stream) { throw_no_cuda("locate_results"); }
 void rms_norm(const RmsNormArgs&, Stream) { throw_no_cuda("rms_norm"); }
+void norm_and_rotate(const NormAndRotateArgs&, Stream) { throw_no_cuda("norm_and_rotate"); }
 void rotary_embedding(const RotaryEmbeddingArgs&, Stream) { throw_no_cuda("rotary_embedding"); }
+
+void write_kv_cache(const WriteKvCacheArgs&, Stream) { throw_no_cuda("write_kv_cache"); }
+void paged_attention(const PagedAttentionArgs&, Stream) { throw_no_cuda("paged_attention"); }
 
 DeviceScope::DeviceScope(int) {}
 DeviceScope::~DeviceScope() {}
 
 void* allocate(int, size_t) { throw_no_cuda("allocate"); }
 void deallocate(void*, int) noexcept {}
+
+int device_count() { return 0; }
+void copy(void*, const void*, size_t, Stream) { throw_no_cuda("copy"); }
+void fill(void*, unsigned char, size_t, Stream) { throw_no_cuda("fill"); }
+PinnedBuffer::~PinnedBuffer() {}
+void* PinnedBuffer::reserve(size_t) { throw_no_cuda("PinnedBuffer"); }
+OwnedStream::OwnedStream(int) { throw_no_cuda("OwnedStream"); }
+OwnedStream::~OwnedStream() {}
+Event::Event(int, bool) { throw_no_cuda("Event"); }
+Event::~Event() {}
+void Event::record(Stream) { throw_no_cuda("Event"); }
+bool Event::is_done() const { throw_no_cuda("Event"); }
+double elapsed_ms(const Event&, const Event&) { throw_no_cuda("elapsed_ms"); }
+void wait_for(Stream, void*) { throw_no_cuda("wait_for"); }
+
 std::string toolkit_version() { return ""; }
 
 }  // namespace moecore::cuda

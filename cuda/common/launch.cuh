@@ -1,6 +1,7 @@
 #pragma once
 
-// Host-side help for launchers: checked calls, the caller's stream, run-time sizes as constants.
+// Help for launchers: checked calls, the caller's stream, run-time sizes as constants, and kernels
+// that start before their predecessor has ended.
 
 #include <cuda_runtime.h>
 
@@ -36,6 +37,75 @@ constexpr __host__ __device__ Int ceil_div(Int a, std::type_identity_t<Int> b) {
 template <int... Ns, typename Fn>
 bool dispatch_at_least(int needed, std::integer_sequence<int, Ns...>, Fn&& fn) {
     return ((needed <= Ns && (fn(std::integral_constant<int, Ns>{}), true)) || ...);
+}
+
+/// Whether the current device has what came with sm_90: clusters, and overlapping launches.
+inline bool is_sm90() {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+          "cudaDeviceGetAttribute");
+    return major >= 9;
+}
+
+/// Launches `kernel` so that, on sm_90 and newer, its blocks may start while the stream's previous
+/// kernel still runs: launch latency and whatever the kernel does before wait_for_predecessors()
+/// disappear behind it. Any kernel may come before or after it, and CUDA graphs keep the overlap.
+/// With cluster_size > 1 (sm_90 only) that many neighbouring blocks form a cluster. Throws
+/// CudaError, naming `op`.
+///
+/// REQUIRES: every block calls wait_for_predecessors() before it reads or overwrites anything that
+/// an earlier kernel of the stream touches, and before it leaves, even where it has nothing to do:
+/// only so does the end of this kernel mean the end of all before it.
+template <typename... Params>
+void launch_dependent_clusters(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block,
+                               unsigned cluster_size, size_t shared_bytes, Stream stream,
+                               const std::type_identity_t<Params>&... args) {
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned num_attributes = 0;
+    if (is_sm90()) {
+        cudaLaunchAttribute& overlap = attributes[num_attributes++];
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster_size > 1) {
+        cudaLaunchAttribute& cluster = attributes[num_attributes++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {cluster_size, 1, 1};
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = native(stream);
+    config.attrs = attributes;
+    config.numAttrs = num_attributes;
+    const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
+    if (status != cudaSuccess) check(status, concat(op, " launch").c_str());
+}
+
+/// The same without clusters.
+template <typename... Params>
+void launch_dependent(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block,
+                      size_t shared_bytes, Stream stream,
+                      const std::type_identity_t<Params>&... args) {
+    launch_dependent_clusters(op, kernel, grid, block, 1, shared_bytes, stream, args...);
+}
+
+/// Waits for the end of every kernel before this one in the stream; what they wrote is visible
+/// after it. Returns at once where the kernel was launched plainly.
+__device__ inline void wait_for_predecessors() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Lets the next launch_dependent kernel start, as soon as every block has called this or left. It
+/// promises nothing about memory: the next kernel waits for the end of this one all the same.
+__device__ inline void allow_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 }  // namespace moecore::cuda

@@ -16,7 +16,7 @@
 
 #include "common/launch.cuh"
 #include "common/math.cuh"
-#include "moecore/kernels/grouped_gemm.hpp"
+#include "grouped_gemm/simple.hpp"
 
 namespace moecore::cuda {
 namespace {
@@ -90,6 +90,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     __shared__ float weight_tile[BLOCK_K][BLOCK_N + 1];
     __shared__ int64_t input_offset[BLOCK_M];   // of a row's first element, -1 for zeros
     __shared__ int64_t weight_offset[BLOCK_N];  // of a weight row's first element, -1 past N
+
+    wait_for_predecessors();
+    allow_dependents();
 
     // 1. Find this block's rows, and where they and the weights lie.
     RowTile tile;
@@ -179,10 +182,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 }  // namespace
 
-void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
-    if (args.is_packed)
-        throw UnsupportedError("grouped_gemm: packed weights have no CUDA kernel, pass plain ones");
-    if (args.num_rows == 0 || args.num_groups == 0) return;  // an empty grid is a launch error
+void simple_grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
     // Every group that has rows can end in one tile that is not full.
     const int64_t row_tiles =
         args.num_rows / BLOCK_M + std::min<int64_t>(args.num_rows, args.num_groups);
@@ -192,8 +192,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
                     static_cast<unsigned>(ceil_div(num_columns, tile_columns)));
     const auto kernel = args.dtype == DType::kBFloat16 ? grouped_gemm_kernel<__nv_bfloat16>
                                                        : grouped_gemm_kernel<float>;
-    kernel<<<grid, kThreads, 0, native(stream)>>>(args);
-    check(cudaPeekAtLastError(), "grouped_gemm launch");
+    launch_dependent("grouped_gemm", kernel, grid, dim3(kThreads), 0, stream, args);
 }
 
 }  // namespace moecore::cuda

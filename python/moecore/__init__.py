@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moecore import ops
     from moecore._core import (
         CudaError,
+        TransportError,
         UnsupportedError,
         build_info,
         num_threads,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from moecore.ops import PackedWeights, Routing
     from moecore.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from moecore.sampling_params import SamplingParams
+    from moecore.transport import Transport, expert_range
 
     __version__: str
 
@@ -42,9 +44,12 @@ __all__ = [
     "RequestOutput",
     "Routing",
     "SamplingParams",
+    "Transport",
+    "TransportError",
     "UnsupportedError",
     "__version__",
     "build_info",
+    "expert_range",
     "generate",
     "num_threads",
     "ops",
@@ -64,8 +69,11 @@ _MODULE_OF = {
     "RequestOutput": "outputs",
     "Routing": "ops",
     "SamplingParams": "sampling_params",
+    "Transport": "transport",
+    "TransportError": "_core",
     "UnsupportedError": "_core",
     "build_info": "_core",
+    "expert_range": "transport",
     "generate": "llm",
     "num_threads": "_core",
     "set_num_threads": "_core",

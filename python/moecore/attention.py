@@ -1,6 +1,6 @@
 """Attention over a paged cache: one small interface, so that libraries can take its place.
 
-`NativeAttention` runs moecore's CPU kernel, `TorchAttention` anything torch runs on. Both hold the
+`NativeAttention` runs moecore's kernels, `TorchAttention` anything torch runs on. Both hold the
 keys and values of every layer in blocks that the scheduler hands out.
 """
 
@@ -42,7 +42,7 @@ def bytes_per_block(config: ModelConfig, dtype: torch.dtype, block_size: int) ->
 
 
 class NativeAttention:
-    """moecore's CPU kernel: a row's bits depend on its own sequence and position only.
+    """moecore's kernels: a row's bits depend on its own sequence and position only.
 
     Attributes:
         keys, values: a cache for each layer, as `ops.write_kv_cache` describes it.
@@ -50,11 +50,26 @@ class NativeAttention:
 
     block_size = ops.KV_BLOCK_SIZE
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, num_blocks: int) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, num_blocks: int, device: torch.device
+    ) -> None:
         self._scale = config.head_dim**-0.5
         shape = (config.num_kv_heads, num_blocks, self.block_size * config.head_dim)
-        self.keys = [_untouched(shape, dtype) for _ in range(config.num_layers)]
-        self.values = [_untouched(shape, dtype) for _ in range(config.num_layers)]
+
+        def blocks() -> Tensor:
+            if device.type == "cpu":
+                return _untouched(shape, dtype)
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.keys = [blocks() for _ in range(config.num_layers)]
+        self.values = [blocks() for _ in range(config.num_layers)]
+
+    @staticmethod
+    def serves(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the device has such kernels for this model."""
+        if device.type == "cpu":
+            return True
+        return dtype == torch.bfloat16 and config.head_dim % 16 == 0 and config.head_dim <= 256
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, batch: Batch, *, out: Tensor

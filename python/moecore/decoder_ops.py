@@ -140,12 +140,14 @@ def write_kv_cache(
     context_lens: Tensor,
     block_tables: Tensor,
 ) -> None:
-    """Store keys and values of this call's tokens in a paged cache (CPU only).
+    """Store keys and values of this call's tokens in a paged cache.
 
     Sequence s owns tokens query_offsets[s] .. query_offsets[s + 1] - 1: the last of its
     context_lens[s] positions, in order. Position p lies in block block_tables[s, p // 64]. The
     order within a block is the core's own (moecore/kv_cache.hpp): blocks may be copied and moved as
-    a whole, but only `paged_attention` reads them. The first position of a block clears its rest.
+    a whole, but only `paged_attention` reads them. On the CPU the first position of a block clears
+    its rest. On CUDA the batch is not looked at by the host: what it places outside the cache is
+    not written, and rows begin at multiples of 16 bytes.
 
     Args:
         key: [T, Hk, D] float32 or bfloat16, rows contiguous; D even, at most 256.
@@ -161,7 +163,7 @@ def write_kv_cache(
         ValueError: a shape, dtype, stride, range or device above does not hold; the message names
             it.
         TypeError: an argument is no tensor.
-        moecore.UnsupportedError: the cache is on a CUDA device.
+        moecore.UnsupportedError: on CUDA, the cache is not bfloat16, or D no multiple of 16.
     """
     _core.write_kv_cache(
         key, value, key_cache, value_cache, query_offsets, context_lens, block_tables
@@ -179,7 +181,7 @@ def paged_attention(
     scale: float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attend causally from this call's tokens to a paged cache (CPU only).
+    """Attend causally from this call's tokens to a paged cache.
 
     Computes, for token t at position p and head h, with h // (Hq // Hk) the head of the cache::
 
@@ -189,7 +191,8 @@ def paged_attention(
     with a running maximum, in float32, over blocks of 64 positions in ascending order; the weights
     round to the cache's dtype before they meet the values. A row's bits depend on its query and on
     keys and values up to its position: not on other tokens or sequences, how the prompt was cut
-    into calls, or which blocks it lies in. What lies after a position is never seen, not even NaN.
+    into calls, or which blocks it lies in. What lies after a position is never seen, not even NaN;
+    on CUDA a value that is not finite does make NaN of the rows before it in its block of 64.
 
     Args:
         query: [T, Hq, D] of the cache's dtype, rows contiguous; Hq a multiple of Hk.
@@ -208,8 +211,7 @@ def paged_attention(
         ValueError: a shape, dtype, stride, range or device above does not hold; the message names
             it.
         TypeError: an argument is no tensor.
-        moecore.UnsupportedError: the cache is on a CUDA device: use torch's
-            scaled_dot_product_attention there.
+        moecore.UnsupportedError: as in `write_kv_cache`.
     """
     if out is None:
         out = _new_like(query)

@@ -51,8 +51,10 @@ def argmax(logits: Tensor) -> tuple[list[int], list[float]]:
     if logits.device.type == "cpu":
         zeros = [0.0] * len(logits)
         return _core.draw_tokens(logits, zeros, zeros, zeros)
-    largest, token_ids = logits.max(dim=-1)
-    return [int(token_id) for token_id in token_ids.tolist()], largest.tolist()
+    largest, ids = logits.max(dim=-1)
+    # One transfer from the device brings both: ids are exact in float64.
+    both = torch.stack([ids.double(), largest.double()]).tolist()
+    return [int(token_id) for token_id in both[0]], both[1]
 
 
 def top_ids(logits: Tensor, k: int) -> Tensor:

@@ -87,6 +87,7 @@ class Engine:
         prompt: str | None = None,
         *,
         stream: bool = True,
+        number: int | None = None,
     ) -> None:
         """Queue a request; the next steps compute it.
 
@@ -96,11 +97,29 @@ class Engine:
             params: how to draw tokens, and when to stop.
             prompt: the text of the prompt, for the outputs.
             stream: report the request at every step that adds to it, and not only when it ends.
+            number: its place in the order of arrival (default: counted here).
 
         Raises:
             ValueError: an argument is out of range, or the request is longer than the whole cache;
                 the message names the rule and the value. Nothing is queued.
         """
+        self.queue(
+            self.make_request(
+                request_id, prompt_token_ids, params, prompt, stream=stream, number=number
+            )
+        )
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        *,
+        stream: bool = True,
+        number: int | None = None,
+    ) -> Request:
+        """Check a request as `add_request` does, and return it for `queue`."""
         if request_id in self._unfinished:
             raise ValueError(
                 "Engine.add_request: request_id must not be that of an unfinished request, "
@@ -111,7 +130,7 @@ class Engine:
                 f"Engine.add_request: stop must be empty without a tokenizer, got {params.stop!r}"
             )
         token_ids = self._check_prompt(prompt_token_ids)
-        request = Request.create(
+        return Request.create(
             request_id,
             token_ids,
             params,
@@ -122,10 +141,13 @@ class Engine:
             eos_token_ids=self._eos_token_ids,
             vocab_size=self._runner.vocab_size,
             max_len=self._max_len(len(token_ids), params),
-            default_seed=derive_seed(self._seed, self._num_requests),
+            default_seed=derive_seed(self._seed, self._num_requests if number is None else number),
         )
+
+    def queue(self, request: Request) -> None:
+        """Queue what `make_request` returned."""
         self._num_requests += 1
-        self._unfinished[request_id] = request
+        self._unfinished[request.request_id] = request
         for completion in request.completions:
             self.scheduler.add(completion)
 

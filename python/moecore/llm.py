@@ -9,22 +9,22 @@ from inspect import signature
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from tqdm import tqdm
 
-from moecore._core import UnsupportedError
-from moecore.config import ModelConfig, read_config
+from moecore.assembly import Assembly, EngineOptions, plain_name
+from moecore.config import ModelConfig
 from moecore.engine import Engine
-from moecore.hub import resolve_model
+from moecore.expert_parallel.options import GroupOptions
 from moecore.keywords import reject_unknown
-from moecore.model_runner import ModelRunner, plan_cache
-from moecore.models.load import load_model
 from moecore.outputs import RequestOutput
 from moecore.sampling_params import SamplingParams
-from moecore.target import choose_device, choose_dtype
 from moecore.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from moecore.expert_parallel.engine import ExpertParallelEngine
 
 Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 Message: TypeAlias = Mapping[str, Any]
@@ -49,7 +49,16 @@ class LLM:
         load_format: "auto" reads the checkpoint's weights; "dummy" makes random ones (for timing).
         revision: branch, tag or commit of a hub id.
         seed: of requests that bring none.
-        expert_parallel_size: ranks that share the experts; 1 in this version.
+        enforce_eager: on CUDA, launch decode passes kernel by kernel, and not as CUDA graphs:
+            slower, but starts sooner and takes less memory. Ranks of a group always do.
+        expert_parallel_size: ranks that share out the experts; each runs its share of the requests,
+            and on the CPU a request's bits do not depend on how many there are. moecore starts the
+            other ranks; under torchrun, Slurm or Ray they are the launched processes, of which all
+            but rank 0 serve within this call and then exit. On GPUs each rank takes one, by its
+            number on its machine. Limits of sequences, tokens and memory hold for each rank.
+        expert_parallel_backend: "processes", or "threads" of this process, which share its
+            processors or its GPU (for tests).
+        expert_parallel_timeout: seconds of silence after which a rank counts as lost.
         skip_tokenizer_init: run on token ids alone; prompts are then ids, and outputs have no text.
         use_tqdm: show progress while loading.
 
@@ -57,6 +66,7 @@ class LLM:
         FileNotFoundError: the model is neither a folder, nor in the hub's cache, nor to be had.
         moecore.FormatError: a file of the checkpoint is damaged or does not fit the model.
         moecore.UnsupportedError: the family, its quantisation or the device is not implemented.
+        moecore.TransportError: a rank was lost; the message says which. Later calls, too, raise it.
         ValueError: an argument is out of range; TypeError: unknown, with the nearest known name.
 
     Example:
@@ -77,57 +87,42 @@ class LLM:
         load_format: str = "auto",
         revision: str | None = None,
         seed: int = 0,
+        enforce_eager: bool = False,
         expert_parallel_size: int = 1,
+        expert_parallel_backend: str = "processes",
+        expert_parallel_timeout: float = 30.0,
         skip_tokenizer_init: bool = False,
         use_tqdm: bool = True,
         **unknown: Any,
     ) -> None:
         reject_unknown("LLM", unknown, _keywords())
-        if load_format not in ("auto", "dummy"):
-            raise ValueError(f"LLM: load_format must be 'auto' or 'dummy', got {load_format!r}")
-        if expert_parallel_size != 1:
-            raise UnsupportedError(
-                f"LLM: expert_parallel_size must be 1 in this version, got {expert_parallel_size}"
-            )
-        counts = {
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"LLM: {name} must be at least 1, got {value}")
-        if max_num_batched_tokens < max_num_seqs:
-            raise ValueError(
-                f"LLM: max_num_batched_tokens must be at least max_num_seqs ({max_num_seqs}), "
-                f"got {max_num_batched_tokens}"
-            )
-        folder = resolve_model(model, revision)
-        self.config: ModelConfig = read_config(folder)
-        self._tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(folder)
-        place, number = choose_device(device), choose_dtype(dtype, self.config, folder)
-        limits = (max_model_len, max_num_seqs, kv_cache_memory)
-        cache = plan_cache(self.config, number, place, *limits)
-        network = load_model(
-            folder,
-            self.config,
-            device=place,
-            dtype=number,
-            dummy_seed=seed if load_format == "dummy" else None,
-            progress=use_tqdm,
-        )
-        if place.type == "cuda":  # with the memory that the weights have left
-            cache = plan_cache(self.config, number, place, *limits)
-        runner = ModelRunner(network, device=place, dtype=number, cache=cache)
-        self._engine: Engine | None = Engine(
-            runner,
-            self._tokenizer,
-            eos_token_ids=self.config.eos_token_ids,
+        options = EngineOptions(
+            model=None if model is None else str(model),
+            device=plain_name(device),
+            dtype=plain_name(dtype),
+            max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_memory=kv_cache_memory,
+            load_format=load_format,
+            revision=revision,
             seed=seed,
+            skip_tokenizer_init=skip_tokenizer_init,
+            enforce_eager=enforce_eager,
         )
-        self.device, self.dtype = place, number
+        group = GroupOptions(expert_parallel_size, expert_parallel_backend, expert_parallel_timeout)
+        self._engine: Engine | ExpertParallelEngine | None
+        if group.size == 1:
+            assembly = Assembly(options)
+            cache = assembly.load(progress=use_tqdm)
+            self._engine = assembly.engine(assembly.runner(cache))
+        else:
+            from moecore.expert_parallel.launch import start
+
+            self._engine, assembly, cache = start(options, group, progress=use_tqdm)
+        self.config: ModelConfig = assembly.config
+        self._tokenizer = assembly.tokenizer
+        self.device, self.dtype = assembly.device, assembly.dtype
         self.max_model_len = cache.max_model_len
         self._ids = count()
         self._lock = threading.Lock()
@@ -225,16 +220,19 @@ class LLM:
         return self._tokenizer
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | ExpertParallelEngine:
         """The engine itself, for those who drive its steps."""
         if self._engine is None:
             raise RuntimeError("LLM: the model is closed")
         return self._engine
 
     def close(self) -> None:
-        """Free the model and its cache; further calls raise RuntimeError."""
-        self._engine = None
-        self._latest.clear()
+        """Free the model and its cache, and end its ranks; further calls raise RuntimeError."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+            if engine is not None and not isinstance(engine, Engine):
+                engine.close()
+            self._latest.clear()
 
     def __enter__(self) -> LLM:
         return self

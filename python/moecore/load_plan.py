@@ -51,18 +51,19 @@ class WeightSlot:
 
     `load` is called once, with one tensor for each source of the first alternative whose names are
     all in the checkpoint. The tensors may be views of a mapped file: load copies, and keeps none of
-    them. Different slots may load at once, on different threads.
+    them. Different slots may load at once, on different threads. A slot without `load` is another
+    rank's: its tensors must be there and fit, and are not read.
     """
 
     alternatives: tuple[tuple[Source, ...], ...]
-    load: Callable[..., object]
+    load: Callable[..., object] | None
     dtype: torch.dtype | None = None  # of the tensors that load gets (default: load_weights' dtype)
 
 
 class Job(NamedTuple):
-    """One slot, and all that it reads."""
+    """One slot of this rank, and all that it reads."""
 
-    slot: WeightSlot
+    load: Callable[..., object]
     sources: tuple[Source, ...]
     dtype: torch.dtype  # of the tensors that load gets
     nbytes: int  # in the files
@@ -99,12 +100,16 @@ def plan_load(
         raise _summary(checkpoint, problems)
     order = {name: position for position, name in enumerate(tensors)}
     chosen.sort(key=lambda choice: (order[choice[1][0].name], choice[1][0].expert or 0))
-    return [_job(tensors, slot, sources, slot.dtype or dtype) for slot, sources in chosen]
+    return [
+        _job(tensors, slot.load, sources, slot.dtype or dtype)
+        for slot, sources in chosen
+        if slot.load is not None
+    ]
 
 
 def _job(
     tensors: Mapping[str, TensorInfo],
-    slot: WeightSlot,
+    load: Callable[..., object],
     sources: tuple[Source, ...],
     dtype: torch.dtype,
 ) -> Job:
@@ -112,7 +117,7 @@ def _job(
     for source in sources:
         info = tensors[source.name]
         nbytes += info.nbytes if source.expert is None else info.nbytes // info.shape[0]
-    return Job(slot, sources, dtype, nbytes)
+    return Job(load, sources, dtype, nbytes)
 
 
 def _missing(checkpoint: Checkpoint, slot: WeightSlot) -> Iterator[FormatError]:

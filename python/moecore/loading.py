@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ def load_weights(
     ignore: Sequence[str] = (),
     progress: bool = True,
     num_threads: int | None = None,
+    check: Callable[[], object] | None = None,
 ) -> LoadReport:
     """Load every slot, in the order of the files.
 
@@ -49,11 +50,12 @@ def load_weights(
 
     Args:
         checkpoint: as `Checkpoint.open` gives it.
-        slots: of this rank. Several may read one tensor.
+        slots: of the model. Several may read one tensor.
         dtype: of the tensors handed to the slots that name none.
         ignore: regular expressions; tensors in which one is found need no slot.
         progress: show a bar with the rate, if stderr is a terminal.
         num_threads: threads that read and load (default: those of the core, at most 16).
+        check: called between parts of the load; what it raises ends the load.
 
     Returns:
         LoadReport(bytes, seconds).
@@ -76,11 +78,22 @@ def load_weights(
         unit_scale=True,
         disable=None if progress else True,
     ) as bar:
-        WeightStream(checkpoint, num_threads, bar.update).run(jobs)
+
+        def done(nbytes: int) -> None:
+            bar.update(nbytes)
+            if check is not None:
+                check()
+
+        WeightStream(checkpoint, num_threads, done).run(jobs)
     return LoadReport(total, time.perf_counter() - begin)
 
 
-def dummy_weights(slots: Iterable[WeightSlot], dtype: torch.dtype, seed: int = 0) -> None:
+def dummy_weights(
+    slots: Iterable[WeightSlot],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> None:
     """Load every slot with random values instead of a checkpoint's, for tests of speed.
 
     Values are normal with deviation 0.02, drawn from a table of four million; integers are zero.
@@ -91,21 +104,24 @@ def dummy_weights(slots: Iterable[WeightSlot], dtype: torch.dtype, seed: int = 0
         slots: their first alternative says what load gets.
         dtype: as in `load_weights`.
         seed: any integer.
+        device: where the values are made, the same everywhere (default: the CPU).
     """
     generator = torch.Generator().manual_seed(_hash(f"{seed}"))
     table = torch.randn(_DUMMY_VALUES, generator=generator).mul_(_DUMMY_STD)
     tables: dict[torch.dtype, Tensor] = {}
     for slot in slots:
+        if slot.load is None:
+            continue
         slot_dtype = slot.dtype or dtype
         if slot_dtype not in tables:
             values = table if slot_dtype.is_floating_point else torch.zeros_like(table)
-            tables[slot_dtype] = values.to(slot_dtype).repeat(2)
+            tables[slot_dtype] = values.to(slot_dtype).repeat(2).to(device)
         slot.load(*(_dummy(s, tables[slot_dtype], seed) for s in slot.alternatives[0]))
 
 
 def _dummy(source: Source, table: Tensor, seed: int) -> Tensor:
     shape = source.shape if source.expert is None else source.shape[1:]
-    tensor = torch.empty(prod(shape), dtype=table.dtype)
+    tensor = torch.empty(prod(shape), dtype=table.dtype, device=table.device)
     start = _hash(f"{seed} {source}") % _DUMMY_VALUES
     for begin in range(0, tensor.numel(), _DUMMY_VALUES):
         part = tensor[begin : begin + _DUMMY_VALUES]

@@ -10,6 +10,7 @@ from torch import Tensor
 from moecore.attention import Attention, NativeAttention, TorchAttention, bytes_per_block
 from moecore.batch import Batch
 from moecore.config import ModelConfig
+from moecore.decode_graphs import DecodeGraphs, graph_sizes
 from moecore.models.decoder import CausalLM
 from moecore.rope import cos_sin_table
 
@@ -68,12 +69,22 @@ def _memory_limit(device: torch.device) -> int:
 
 
 class ModelRunner:
-    """Runs batches of `model`, its weights loaded, over a paged cache."""
+    """Runs batches of `model`, its weights loaded, over a paged cache.
+
+    On CUDA, passes of up to max_num_seqs decodes run as CUDA graphs, unless that is 0 or the
+    attention is torch's.
+    """
 
     block_size = BLOCK_SIZE
 
     def __init__(
-        self, model: CausalLM, *, device: torch.device, dtype: torch.dtype, cache: CachePlan
+        self,
+        model: CausalLM,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache: CachePlan,
+        max_num_seqs: int = 0,
     ) -> None:
         self._model = model
         self._device = device
@@ -84,16 +95,35 @@ class ModelRunner:
         self._cos_sin = cos_sin_table(
             config.rope, cache.max_model_len, config.max_position_embeddings
         ).to(device)
-        self._attention: Attention
-        if device.type == "cpu":
-            self._attention = NativeAttention(model.config, dtype, cache.num_blocks)
-        else:
-            self._attention = TorchAttention(model.config, dtype, cache.num_blocks, device)
+        is_native = NativeAttention.serves(config, dtype, device)
+        attention = NativeAttention if is_native else TorchAttention
+        self._attention: Attention = attention(config, dtype, cache.num_blocks, device)
+        self._graphs: DecodeGraphs | None = None
+        if device.type == "cuda" and is_native and max_num_seqs > 0:
+            with torch.inference_mode(), torch.cuda.device(device):
+                self._graphs = DecodeGraphs(
+                    model,
+                    self._attention,
+                    self._cos_sin,
+                    sizes=graph_sizes(max_num_seqs),
+                    max_blocks=-(-cache.max_model_len // self.block_size),
+                )
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """Return the logits [N, vocab_size] float32 of the batch's `logit_rows`."""
+        """Return the logits [N, vocab_size] float32 of the batch's `logit_rows`.
+
+        On CUDA they are valid until the next run.
+        """
+        if self._graphs is not None and self._graphs.serves(batch):
+            with torch.cuda.device(self._device):
+                return self._graphs.run(batch)
         if self._device.type != "cpu":
             tensors = {f.name: getattr(batch, f.name).to(self._device) for f in fields(batch)}
             batch = Batch(**tensors)
         return self._model.forward(batch, self._attention, self._cos_sin)
+
+    @torch.inference_mode()
+    def join(self) -> None:
+        """Take part in a pass of an expert-parallel group with no tokens of this rank's own."""
+        self._model.join()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moecore import _core
 from moecore._core import GroupedGemmConfig, PackedWeights, RoutingConfig
+from moecore.transport import Transport
 
 _SWIGLU = GroupedGemmConfig(activation="swiglu")
 
@@ -36,6 +37,17 @@ class MoELayer:
         shared_gate_up: [2 S, H], with shared_down [H, S]: an expert that every token visits.
         shared_down: see shared_gate_up.
         shared_gate: [1, H]: scales the shared output by sigmoid(x @ shared_gate.T) (Qwen2-MoE).
+        transport: this rank's Transport: the other experts are on its other ranks. Every call is
+            then collective; each rank gives its own tokens (T may differ, and be 0), and all ranks
+            call their layers in the same order.
+        combine: "exact" (the bits of one rank with all experts, for every number of ranks) or
+            "fast" (each rank adds its own experts first: fewer bytes, other bits).
+        schedule: "all_to_all" (a token goes where its experts are), "all_gather" (every token goes
+            everywhere, in fixed shapes) or "auto" (the cheaper by `transport.figures`).
+        num_groups: stages of the pipeline that overlaps communication with the local experts, the
+            same on every rank (default: chosen by cost).
+        fixed_tokens: with "all_gather", the largest T of any rank: no host exchange precedes a call
+            then, and after a first call it can be captured in a CUDA graph.
 
     Attributes:
         native: the layer as a decoder layer of the core takes it.
@@ -63,6 +75,11 @@ class MoELayer:
         shared_gate_up: Tensor | PackedWeights | None = None,
         shared_down: Tensor | PackedWeights | None = None,
         shared_gate: Tensor | None = None,
+        transport: Transport | None = None,
+        combine: str = "exact",
+        schedule: str = "auto",
+        num_groups: int | None = None,
+        fixed_tokens: int | None = None,
     ) -> None:
         if len(down.shape) != 3:
             raise ValueError(f"MoELayer: down must have 3 dimensions, got shape {list(down.shape)}")
@@ -88,6 +105,11 @@ class MoELayer:
             shared_intermediate_size=0 if shared_down is None else shared_down.shape[-1],
             dtype=str(down.dtype).removeprefix("torch."),
             weights={name: tensor for name, tensor in weights.items() if tensor is not None},
+            transport=None if transport is None else transport.native,
+            combine=combine,
+            schedule=schedule,
+            num_groups=num_groups or 0,
+            fixed_tokens=fixed_tokens or 0,
         )
 
     def __call__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,7 @@ from moecore.checkpoint import Checkpoint, Reader
 from moecore.load_plan import Job, Source
 
 _MAPPED_BYTES = 128 << 20  # by all threads together
+_POOL = threading.Lock()  # the numbers of threads that a pool changes are the process's
 
 
 class WeightStream:
@@ -55,7 +57,7 @@ class WeightStream:
     def _load(self, batch: list[Job]) -> int:
         with self._checkpoint.reader() as reader:
             for job in batch:
-                job.slot.load(*(_read(reader, source, job.dtype) for source in job.sources))
+                job.load(*(_read(reader, source, job.dtype) for source in job.sources))
         return sum(job.nbytes for job in batch)
 
 
@@ -77,8 +79,11 @@ def _threads(
 
     Teams of threads under each thread of the pool would only wait for each other.
     """
-    torch_threads = torch.get_num_threads()
-    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        _POOL,
+        ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        torch_threads = torch.get_num_threads()
         # What set_num_threads chose holds on every thread; without it, the pool's threads have 1.
         core_threads = pool.submit(_core.num_threads).result()
 

@@ -31,15 +31,22 @@ struct Test {
 };
 
 void add_topk_routing_tests(std::vector<Test>& tests);
+void add_route_and_sort_tests(std::vector<Test>& tests);
 void add_sort_by_expert_tests(std::vector<Test>& tests);
 void add_grouped_gemm_tests(std::vector<Test>& tests);
+void add_gemm_amx_tests(std::vector<Test>& tests);
 void add_grouped_gemm_argument_tests(std::vector<Test>& tests);
 void add_packed_weights_tests(std::vector<Test>& tests);
 void add_combine_tests(std::vector<Test>& tests);
 void add_decoder_layer_tests(std::vector<Test>& tests);
 void add_draw_tokens_tests(std::vector<Test>& tests);
+void add_dispatch_plan_tests(std::vector<Test>& tests);
+void add_transport_tests(std::vector<Test>& tests);
+void add_expert_parallel_tests(std::vector<Test>& tests);
+void add_gather_rows_tests(std::vector<Test>& tests);
 void add_embedding_tests(std::vector<Test>& tests);
 void add_moe_layer_tests(std::vector<Test>& tests);
+void add_norm_and_rotate_tests(std::vector<Test>& tests);
 void add_paged_attention_tests(std::vector<Test>& tests);
 void add_rms_norm_tests(std::vector<Test>& tests);
 void add_rotary_embedding_tests(std::vector<Test>& tests);

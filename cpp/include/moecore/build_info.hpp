@@ -13,6 +13,7 @@ struct BuildInfo {
     std::string cuda_version;           ///< of the toolkit, empty without CUDA
     std::vector<std::string> cpu_isas;  ///< compiled in and supported here, slowest first
     std::string cpu_isa;                ///< in use: the last of them, or MOECORE_CPU_ISA
+    std::string cpu_isa_denied;         ///< which the system keeps from this process and why, or ""
 };
 
 /// Throws InvalidArgument if MOECORE_CPU_ISA names an instruction set that is not in `cpu_isas`.

@@ -19,11 +19,11 @@ struct DecoderParts {
 
 /// One pass of T tokens over several sequences, of which N rows want logits.
 struct DecoderBatch {
-    TensorView token_ids;  ///< [T] int64
+    TensorView token_ids;  ///< [T] int32 or int64
     TensorView positions;  ///< [T] int32, each token's place in its sequence
     TensorView cos_sin;    ///< [P, rotary_dim] float32, of every position
     SequenceBatch sequences;
-    TensorView logit_rows;  ///< [N] int64, tokens in [0, T)
+    TensorView logit_rows;  ///< [N] int32 or int64: tokens in [0, T), ascending, none twice
 };
 
 /// Token ids to logits: embedding, the layers with paged_attention between their halves, final norm

@@ -83,6 +83,7 @@ public:
 
 private:
     void check_call(const Activations& activations) const;
+    void project(const ActivationTensors& tensors, bool is_first, Stream stream) const;
     void normalise_heads(const ActivationTensors& tensors, Stream stream) const;
 
     DecoderConfig config_;

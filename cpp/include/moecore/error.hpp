@@ -27,6 +27,12 @@ public:
     using std::runtime_error::runtime_error;
 };
 
+/// An NCCL call failed: its name, the error's text, and where.
+class NcclError : public std::runtime_error {
+public:
+    using std::runtime_error::runtime_error;
+};
+
 /// Text of one part of a message: a string, a number, or a bool as true or false. No iostreams:
 /// their locale objects break where two copies of the C++ library meet in one process.
 template <typename Part>

@@ -16,7 +16,8 @@ inline constexpr int64_t kMaxHeadDim = 256;
 /// [Hk, num_blocks, 64 * D], float32 or bfloat16, D even and at most 256. What they hold is written
 /// by write_kv_cache and read by paged_attention only; a block of a head may be moved as a whole.
 ///
-/// The order inside one block of one head is that of the panels the GEMM tiles read, in units of
+/// On CUDA (bfloat16 only, D a multiple of 16) a block of one head is its 64 positions in order, D
+/// elements each. On the CPU its order is that of the panels the GEMM tiles read, in units of
 /// 32-bit words (a pair of bfloat16, or one float32); c is the position mod 64, d an element:
 ///
 ///     keys    one panel, a column for each position: bfloat16 word (d / 2) * 64 + c holds

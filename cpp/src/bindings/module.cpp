@@ -25,6 +25,7 @@ PYBIND11_MODULE(_core, module) {
         result["cuda_version"] = info.cuda_version;
         result["cpu_isas"] = info.cpu_isas;
         result["cpu_isa"] = info.cpu_isa;
+        result["cpu_isa_denied"] = info.cpu_isa_denied;
         return result;
     });
     module.def("set_num_threads", &moecore::set_num_threads, py::arg("num_threads"));
@@ -32,6 +33,7 @@ PYBIND11_MODULE(_core, module) {
 
     moecore::bindings::bind_ops(module);
     moecore::bindings::bind_decoder_ops(module);
+    moecore::bindings::bind_transport(module);
     moecore::bindings::bind_moe_layer(module);
     moecore::bindings::bind_decoder_layer(module);
     moecore::bindings::bind_decoder(module);

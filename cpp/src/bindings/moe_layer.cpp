@@ -9,8 +9,20 @@ namespace {
 constexpr const char* kOp = "MoELayer";
 }
 
-PyMoELayer::PyMoELayer(const MoEConfig& config, py::dict weights)
-    : weights_(kOp, std::move(weights)), layer_(config, views()), workspace_(device_, 0) {}
+PyMoELayer::PyMoELayer(const MoEConfig& config, py::dict weights, py::object transport,
+                       const ExpertParallelConfig& how)
+    : weights_(kOp, std::move(weights)),
+      transport_(std::move(transport)),
+      layer_(make_layer(config, how)),
+      workspace_(device_, 0) {}
+
+MoELayer PyMoELayer::make_layer(const MoEConfig& config, const ExpertParallelConfig& how) {
+    if (transport_.is_none()) return {config, views()};
+    if (!py::isinstance<PyTransport>(transport_))
+        throw py::type_error(concat(kOp, ": transport must be a Transport of moecore._core, got ",
+                                    Py_TYPE(transport_.ptr())->tp_name));
+    return {config, views(), transport_.cast<PyTransport&>().ranks(), how};
+}
 
 void PyMoELayer::forward(py::handle hidden_states, py::handle router_logits, py::handle output) {
     const TensorArg x(hidden_states, kOp, "hidden_states");
@@ -57,7 +69,9 @@ void bind_moe_layer(py::module_& module) {
         .def(py::init([](int64_t hidden_size, int64_t intermediate_size, int num_experts,
                          int first_expert, int num_local_experts, const RoutingConfig& routing,
                          const GroupedGemmConfig& activation, int64_t shared_intermediate_size,
-                         const std::string& dtype, py::dict weights) {
+                         const std::string& dtype, py::dict weights, py::object transport,
+                         const std::string& combine, const std::string& schedule, int num_groups,
+                         int64_t fixed_tokens) {
                  MoEConfig config;
                  config.hidden_size = hidden_size;
                  config.intermediate_size = intermediate_size;
@@ -68,12 +82,25 @@ void bind_moe_layer(py::module_& module) {
                  config.activation = activation;
                  config.shared_intermediate_size = shared_intermediate_size;
                  config.dtype = dtype_named(dtype);
-                 return std::make_unique<PyMoELayer>(config, std::move(weights));
+                 const ExpertParallelConfig how{
+                     .combine = enum_named<CombineMode>(
+                         "MoELayer: combine", combine,
+                         {{"exact", CombineMode::kExact}, {"fast", CombineMode::kFast}}),
+                     .schedule = enum_named<Schedule>("MoELayer: schedule", schedule,
+                                                      {{"auto", Schedule::kAuto},
+                                                       {"all_to_all", Schedule::kAllToAll},
+                                                       {"all_gather", Schedule::kAllGather}}),
+                     .num_groups = num_groups,
+                     .fixed_tokens = fixed_tokens};
+                 return std::make_unique<PyMoELayer>(config, std::move(weights),
+                                                     std::move(transport), how);
              }),
              py::kw_only(), py::arg("hidden_size"), py::arg("intermediate_size"),
              py::arg("num_experts"), py::arg("first_expert"), py::arg("num_local_experts"),
              py::arg("routing"), py::arg("activation"), py::arg("shared_intermediate_size"),
-             py::arg("dtype"), py::arg("weights"))
+             py::arg("dtype"), py::arg("weights"), py::arg("transport") = py::none(),
+             py::arg("combine") = "exact", py::arg("schedule") = "auto", py::arg("num_groups") = 0,
+             py::arg("fixed_tokens") = 0)
         .def("forward", &PyMoELayer::forward)
         .def("forward_routed", &PyMoELayer::forward_routed);
 }

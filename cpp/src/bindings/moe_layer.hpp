@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "bindings/named_tensors.hpp"
+#include "bindings/transport.hpp"
 
 namespace moecore::bindings {
 
@@ -14,7 +15,9 @@ namespace moecore::bindings {
 /// memory that grows to the largest T seen. One call at a time; concurrent callers wait.
 class PyMoELayer {
 public:
-    PyMoELayer(const MoEConfig& config, pybind11::dict weights);
+    /// `transport`: a Transport of this module, which the layer keeps alive, or None.
+    PyMoELayer(const MoEConfig& config, pybind11::dict weights, pybind11::object transport,
+               const ExpertParallelConfig& how);
 
     void forward(pybind11::handle hidden_states, pybind11::handle router_logits,
                  pybind11::handle output);
@@ -28,8 +31,10 @@ private:
     template <typename Fn>
     void run(const TensorView& hidden_states, const TensorView& output, Fn&& fn);
     MoEWeights views();
+    MoELayer make_layer(const MoEConfig& config, const ExpertParallelConfig& how);
 
     NamedTensors weights_;
+    pybind11::object transport_;
     Device device_;
     MoELayer layer_;
     Workspace workspace_;

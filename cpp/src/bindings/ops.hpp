@@ -15,6 +15,7 @@ namespace moecore::bindings {
 
 void bind_ops(pybind11::module_& module);
 void bind_decoder_ops(pybind11::module_& module);
+void bind_transport(pybind11::module_& module);
 void bind_moe_layer(pybind11::module_& module);
 void bind_decoder_layer(pybind11::module_& module);
 void bind_decoder(pybind11::module_& module);

@@ -1,6 +1,7 @@
 #include "moecore/kernels/grouped_gemm.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cpu/panels.hpp"
@@ -13,6 +14,11 @@ namespace {
 /// level cache beside the panel while the panel is read once for every tile of them.
 constexpr int64_t kInputBytesPerUnit = 512 * 1024;
 constexpr int64_t kMaxRowsPerUnit = 240;  ///< a multiple of kMaxTileRows
+/// The same for a matrix unit, which needs more rows for each time it reads a panel.
+constexpr int64_t kMatrixInputBytes = 1024 * 1024;
+constexpr int64_t kMinMatrixRows = 64;
+constexpr int64_t kMatrixRows = 16;  ///< its tiles' rows
+static_assert(kMaxRowsPerUnit % kMatrixRows == 0, "sums of the rows after the last have a place");
 
 /// Plain weights are packed this much of K at a time, into a buffer that stays in cache.
 constexpr int64_t kPackedK = 512;
@@ -26,6 +32,12 @@ struct RowBlock {
     int group;
     int64_t begin;
     int64_t count;
+};
+
+/// A block's inputs for a matrix unit.
+struct EvenRows {
+    const uint16_t* first;
+    int64_t stride;  ///< elements between rows
 };
 
 std::vector<RowBlock> cut_rows(const GroupedGemmArgs& args, int64_t rows_per_block) {
@@ -89,9 +101,13 @@ public:
           table_(kernels()),
           layout_{args.n, args.k_dim, is_gated(args.config.activation), args.dtype},
           element_bytes_(static_cast<int64_t>(size_of(args.dtype))) {
-        const int64_t rows = kInputBytesPerUnit / (args.k_dim * element_bytes_);
-        rows_per_block_ = std::clamp<int64_t>(rows / kMaxTileRows * kMaxTileRows, 4 * kMaxTileRows,
-                                              kMaxRowsPerUnit);
+        const int64_t row_bytes = args.k_dim * element_bytes_;
+        rows_per_block_ =
+            has_matrix_unit()
+                ? std::clamp(kMatrixInputBytes / row_bytes / kMatrixRows * kMatrixRows,
+                             kMinMatrixRows, kMaxRowsPerUnit)
+                : std::clamp<int64_t>(kInputBytesPerUnit / row_bytes / kMaxTileRows * kMaxTileRows,
+                                      4 * kMaxTileRows, kMaxRowsPerUnit);
     }
 
     void run() const {
@@ -100,12 +116,78 @@ public:
         const int64_t num_units = static_cast<int64_t>(blocks.size()) * num_panels;
         const int64_t grain = std::max<int64_t>(1, num_units / (kRangesPerThread * num_threads()));
         parallel_ranges(num_units, grain, [&](int64_t begin, int64_t end) {
-            for (int64_t unit = begin; unit < end; ++unit)
-                multiply(blocks[static_cast<size_t>(unit / num_panels)], unit % num_panels);
+            EvenRows rows{};
+            for (int64_t unit = begin; unit < end; ++unit) {
+                const RowBlock& block = blocks[static_cast<size_t>(unit / num_panels)];
+                const int64_t panel = unit % num_panels;
+                if (!has_matrix_unit()) {
+                    multiply(block, panel);
+                    continue;
+                }
+                if (unit == begin || panel == 0) rows = even_rows(block);
+                multiply(block, panel, rows);
+            }
         });
     }
 
 private:
+    bool has_matrix_unit() const {
+        return args_.dtype == DType::kBFloat16 && table_.block_bf16 != nullptr;
+    }
+
+    /// The block's rows where they are, or a copy of them whose rows begin in all sets of the first
+    /// level cache. Rows that lie a multiple of 1 KB apart would displace each other there.
+    EvenRows even_rows(const RowBlock& block) const {
+        const int64_t read_rows = ceil_div(block.count, kMatrixRows) * kMatrixRows;
+        const bool is_even = args_.sorted_slots == nullptr || block.count == 1;
+        const bool is_spread = args_.input_stride * element_bytes_ % 1024 != 0;
+        const bool has_more_rows = block.begin + read_rows <= args_.num_rows;
+        if (is_even && (block.count <= kMatrixRows || (is_spread && has_more_rows)))
+            return {static_cast<const uint16_t*>(input_row(block.begin)), args_.input_stride};
+        constexpr int64_t kLineElements = 32;
+        const int64_t stride = (ceil_div(args_.k_dim, kLineElements) | 1) * kLineElements;
+        static thread_local std::vector<uint16_t> copy;
+        copy.resize(std::max(copy.size(), static_cast<size_t>(read_rows * stride)));
+        for (int64_t row = 0; row < block.count; ++row)
+            std::memcpy(copy.data() + row * stride, input_row(block.begin + row),
+                        static_cast<size_t>(args_.k_dim * element_bytes_));
+        return {copy.data(), stride};
+    }
+
+    void multiply(const RowBlock& block, int64_t panel, const EvenRows& rows) const {
+        static thread_local Scratch scratch;
+        GemmBlock product{.rows = rows.first,
+                          .row_stride = rows.stride,
+                          .num_rows = block.count,
+                          .panel = nullptr,
+                          .k_dim = args_.k_dim,
+                          .sums = scratch.sums,
+                          .accumulate = false,
+                          .is_streamed = args_.is_packed};
+        if (args_.is_packed) {
+            product.panel = static_cast<const uint16_t*>(packed_panel(block.group, panel));
+            table_.block_bf16(product);
+        } else {
+            const PanelSource source = panel_source(args_, layout_, block.group);
+            product.panel = reinterpret_cast<const uint16_t*>(scratch.panel);
+            for (int64_t k = 0; k < args_.k_dim; k += kPackedK) {
+                product.k_dim = std::min(kPackedK, args_.k_dim - k);
+                pack_panel(table_, layout_, source, panel, k, product.k_dim, scratch.panel);
+                product.rows = rows.first + k;
+                product.accumulate = k > 0;
+                table_.block_bf16(product);
+            }
+        }
+        if (args_.bias != nullptr) load_bias(args_, layout_, block.group, panel, scratch.bias);
+        store(block.begin, static_cast<int>(block.count), panel, scratch.sums, scratch.bias);
+    }
+
+    const void* packed_panel(int group, int64_t panel) const {
+        return static_cast<const char*>(args_.weights) +
+               (group * layout_.group_elements() + panel * layout_.panel_elements()) *
+                   element_bytes_;
+    }
+
     const void* input_row(int64_t row) const {
         const int64_t source =
             args_.sorted_slots ? args_.sorted_slots[row] / args_.slots_per_token : row;
@@ -116,10 +198,7 @@ private:
         static thread_local Scratch scratch;
         if (args_.bias != nullptr) load_bias(args_, layout_, block.group, panel, scratch.bias);
         if (args_.is_packed) {
-            const char* packed =
-                static_cast<const char*>(args_.weights) +
-                (block.group * layout_.group_elements() + panel * layout_.panel_elements()) *
-                    element_bytes_;
+            const void* packed = packed_panel(block.group, panel);
             for_each_tile(block, [&](int64_t first, int rows) {
                 multiply_tile(block.begin + first, rows, packed, 0, args_.k_dim, scratch.sums);
                 store(block.begin + first, rows, panel, scratch.sums, scratch.bias);

@@ -28,6 +28,19 @@ struct GemmTile {
     bool accumulate;  ///< start from `sums` rather than from 0
 };
 
+/// A product of any number of evenly spaced bfloat16 rows with one panel, as GemmTile lays it out.
+/// If there are more than 16, up to 15 rows after the last may be read too, and their sums written.
+struct GemmBlock {
+    const uint16_t* rows;  ///< the first row's first of k_dim elements
+    int64_t row_stride;    ///< elements between rows
+    int64_t num_rows;      ///< >= 1
+    const uint16_t* panel;
+    int64_t k_dim;
+    float* sums;       ///< [num_rows][64] float32
+    bool accumulate;   ///< start from `sums` rather than from 0
+    bool is_streamed;  ///< the panel comes from memory, and what follows it is likely to be next
+};
+
 /// A tile's way from float32 sums to the output tensor.
 struct EpilogueTile {
     const float* sums;      ///< [num_rows][64]; gated: 32 gate columns, then their 32 up columns
@@ -49,7 +62,8 @@ struct PackLanes {
     int place_in_pair = -1;  ///< 0 or 1: row_stride is 2, and the element after (before) each
                              ///< row's may be read too; else -1
     int64_t k_dim;
-    void* panel;  ///< the panel's first k, at these columns
+    void* panel;               ///< the panel's first k, at these columns
+    bool past_caches = false;  ///< the panel is read much later, if at all by this thread
 };
 
 /// Scores of up to kMaxTileRows rows with one block of 64 keys, on their way to weights
@@ -93,12 +107,15 @@ struct KernelTable {
     void (*softmax)(const SoftmaxTile& tile);
     bool (*attention_row)(const AttentionRow& row);  ///< false if an element is not finite
     void (*draw_tokens)(const DrawTokensArgs& args, int64_t begin, int64_t end);
+    /// Where a matrix unit multiplies: then grouped_gemm takes it rather than tile_bf16.
+    void (*block_bf16)(const GemmBlock& block) = nullptr;
 };
 
 const KernelTable& scalar_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
 const KernelTable& avx512_bf16_kernels();
+const KernelTable& amx_kernels();
 
 /// The table in use. Throws InvalidArgument if MOECORE_CPU_ISA names none that runs here.
 const KernelTable& kernels();

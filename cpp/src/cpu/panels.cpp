@@ -30,7 +30,7 @@ PackLanes lanes_of(const PanelLayout& layout, const PanelSource& source, int64_t
 }  // namespace
 
 void pack_panel(const KernelTable& table, const PanelLayout& layout, const PanelSource& source,
-                int64_t panel, int64_t k_begin, int64_t k_count, void* target) {
+                int64_t panel, int64_t k_begin, int64_t k_count, void* target, bool past_caches) {
     const bool is_bf16 = layout.dtype == DType::kBFloat16;
     const int64_t element_bytes = static_cast<int64_t>(size_of(layout.dtype));
     const int64_t column_bytes = is_bf16 ? 2 * element_bytes : element_bytes;
@@ -47,6 +47,7 @@ void pack_panel(const KernelTable& table, const PanelLayout& layout, const Panel
             lanes.k_dim = k_count - k < block ? k_count - k : block;
             lanes.panel = static_cast<char*>(target) + k * kPanelColumns * element_bytes +
                           column * column_bytes;
+            lanes.past_caches = past_caches;
             pack(lanes);
         }
 }

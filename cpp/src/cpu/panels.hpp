@@ -36,8 +36,10 @@ struct PanelSource {
     int64_t k_stride;
 };
 
-/// Packs k_begin .. k_begin + k_count - 1 of one panel into `target`.
+/// Packs k_begin .. k_begin + k_count - 1 of one panel into `target`; around the caches if
+/// `past_caches` and the processor can, then `target` is a multiple of 64 bytes.
 void pack_panel(const KernelTable& table, const PanelLayout& layout, const PanelSource& source,
-                int64_t panel, int64_t k_begin, int64_t k_count, void* target);
+                int64_t panel, int64_t k_begin, int64_t k_count, void* target,
+                bool past_caches = false);
 
 }  // namespace moecore::cpu

@@ -1,7 +1,11 @@
 #include "ops/kv_cache.hpp"
 
+#include <cstdint>
+
 namespace moecore {
 namespace {
+
+constexpr int64_t kCudaHeadDimStep = 16;  ///< the depth of one product of the tensor cores
 
 void check_tensors(const Check& check, const KvCache& cache, const SequenceBatch& batch,
                    int64_t head_dim) {
@@ -57,10 +61,6 @@ void check_sequence(const Check& check, const KvCacheArgs& args, int64_t s, int6
 KvCacheArgs checked_kv_cache(const Check& check, const char* op, const KvCache& cache,
                              const SequenceBatch& batch, int64_t num_tokens, int64_t head_dim) {
     check_tensors(check, cache, batch, head_dim);
-    if (cache.key.device.type != DeviceType::kCpu)
-        throw UnsupportedError(concat(op, ": ", to_string(cache.key.device),
-                                      " has no such kernel; use torch's "
-                                      "scaled_dot_product_attention there"));
     const KvCacheArgs args{
         .key = cache.key.data,
         .value = cache.value.data,
@@ -71,15 +71,36 @@ KvCacheArgs checked_kv_cache(const Check& check, const char* op, const KvCache& 
         .context_lens = batch.context_lens.as<int32_t>(),
         .block_tables = batch.block_tables.as<int32_t>(),
         .block_table_stride = batch.block_tables.strides[0],
+        .block_table_width = batch.block_tables.shape[1],
         .num_sequences = batch.context_lens.shape[0],
         .dtype = cache.key.dtype,
     };
+    if (cache.key.device.type == DeviceType::kCuda) {
+        if (args.dtype != DType::kBFloat16 || head_dim % kCudaHeadDimStep != 0)
+            throw UnsupportedError(
+                concat(op,
+                       ": on CUDA the cache must be bfloat16 and the head size a "
+                       "multiple of ",
+                       kCudaHeadDimStep, ", got ", name_of(args.dtype), " and ", head_dim));
+        return args;
+    }
     check.that(args.query_offsets[0] == 0 && args.query_offsets[args.num_sequences] == num_tokens,
                "query_offsets must go from 0 to ", num_tokens, ", the number of tokens, got ",
                args.query_offsets[0], " to ", args.query_offsets[args.num_sequences]);
-    for (int64_t s = 0; s < args.num_sequences; ++s)
-        check_sequence(check, args, s, batch.block_tables.shape[1]);
+    for (int64_t s = 0; s < args.num_sequences; ++s) check_sequence(check, args, s, args.block_table_width);
     return args;
+}
+
+void check_head_rows(const Check& check, const char* name, const TensorView& rows) {
+    check.rows_contiguous(name, rows);
+    if (rows.device.type != DeviceType::kCuda) return;
+    constexpr int64_t kAlignment = 16;
+    const auto element = static_cast<int64_t>(size_of(rows.dtype));
+    check.that(reinterpret_cast<uintptr_t>(rows.data) % kAlignment == 0 &&
+                   rows.strides[0] * element % kAlignment == 0 &&
+                   rows.strides[1] * element % kAlignment == 0,
+               name, " must have its rows at multiples of ", kAlignment, " bytes on CUDA, got ",
+               to_string(rows));
 }
 
 }  // namespace moecore

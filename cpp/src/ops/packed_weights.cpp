@@ -83,7 +83,8 @@ void PackedWeights::pack_group(int64_t group, const TensorView& first, const Ten
         static_cast<int64_t>(static_cast<size_t>(layout.panel_elements()) * size_of(dtype_));
     if (source.k_stride == 1) {
         cpu::parallel_ranges(layout.num_panels(), 1, [&](int64_t panel, int64_t) {
-            cpu::pack_panel(table, layout, source, panel, 0, k_dim_, target + panel * panel_bytes);
+            cpu::pack_panel(table, layout, source, panel, 0, k_dim_, target + panel * panel_bytes,
+                            true);
         });
         return;
     }

@@ -3,9 +3,8 @@
 #include <cmath>
 
 #include "moecore/kernels/memory.hpp"
-#include "moecore/kernels/rms_norm.hpp"
-#include "ops/check.hpp"
 #include "ops/head_rows.hpp"
+#include "ops/norms.hpp"
 
 namespace moecore {
 namespace {
@@ -24,30 +23,31 @@ void check_like_input(const Check& check, const char* name, const TensorView& vi
 
 }  // namespace
 
-void rms_norm(const TensorView& input, const TensorView& weight, float eps,
-              const TensorView& residual, const TensorView& output, Stream stream) {
-    const Check check("rms_norm");
-    check.dtype("input", input, {DType::kFloat32, DType::kBFloat16});
-    check.that(input.rank == 2 || input.rank == 3, "input must have 2 or 3 dimensions, got ",
+RmsNormArgs checked_rms_norm(const Check& check, const char* input_name, const TensorView& input,
+                             const char* weight_name, const TensorView& weight, float eps,
+                             const TensorView& residual, const TensorView& output) {
+    check.dtype(input_name, input, {DType::kFloat32, DType::kBFloat16});
+    check.that(input.rank == 2 || input.rank == 3, input_name, " must have 2 or 3 dimensions, got ",
                to_string(input));
-    check.rows_contiguous("input", input);
+    check.rows_contiguous(input_name, input);
     const HeadRows rows = head_rows(input);
-    check.that(rows.width >= 1, "input must have at least one column, got ", to_string(input));
+    check.that(rows.width >= 1, input_name, " must have at least one column, got ",
+               to_string(input));
     check.that(std::isfinite(eps) && eps >= 0, "eps must be finite and >= 0, got ", eps);
 
-    if (weight.dtype != DType::kFloat32) check.dtype("weight", weight, {input.dtype});
-    check.shape("weight", weight, {rows.width});
-    check.contiguous("weight", weight);
-    check.device("weight", weight, input.device);
+    if (weight.dtype != DType::kFloat32) check.dtype(weight_name, weight, {input.dtype});
+    check.shape(weight_name, weight, {rows.width});
+    check.contiguous(weight_name, weight);
+    check.device(weight_name, weight, input.device);
 
     check_like_input(check, "output", output, input);
     if (!is_same_view(output, input))
-        check.no_overlap("output", as_matrix(output), "input", as_matrix(input));
-    check.no_overlap("output", output, "weight", weight);
+        check.no_overlap("output", as_matrix(output), input_name, as_matrix(input));
+    check.no_overlap("output", output, weight_name, weight);
     if (residual.defined()) {
         check_like_input(check, "residual", residual, input);
-        check.no_overlap("residual", as_matrix(residual), "input", as_matrix(input));
-        check.no_overlap("residual", residual, "weight", weight);
+        check.no_overlap("residual", as_matrix(residual), input_name, as_matrix(input));
+        check.no_overlap("residual", residual, weight_name, weight);
         check.no_overlap("output", as_matrix(output), "residual", as_matrix(residual));
     }
 
@@ -55,7 +55,7 @@ void rms_norm(const TensorView& input, const TensorView& weight, float eps,
         const HeadRows of_view = head_rows(view);
         return HeadStrides{of_view.token_stride, of_view.head_stride};
     };
-    const RmsNormArgs args{
+    return {
         .input = input.data,
         .weight = weight.data,
         .residual = residual.defined() ? residual.data : nullptr,
@@ -70,6 +70,12 @@ void rms_norm(const TensorView& input, const TensorView& weight, float eps,
         .dtype = input.dtype,
         .weight_dtype = weight.dtype,
     };
+}
+
+void rms_norm(const TensorView& input, const TensorView& weight, float eps,
+              const TensorView& residual, const TensorView& output, Stream stream) {
+    const RmsNormArgs args = checked_rms_norm(Check("rms_norm"), "input", input, "weight", weight,
+                                              eps, residual, output);
     switch (input.device.type) {
         case DeviceType::kCpu:
             return cpu::rms_norm(args);

@@ -1,14 +1,13 @@
 #include "moecore/rotary_embedding.hpp"
 
 #include "moecore/kernels/memory.hpp"
-#include "moecore/kernels/rotary_embedding.hpp"
-#include "ops/check.hpp"
+#include "ops/norms.hpp"
 
 namespace moecore {
 
-void rotary_embedding(const TensorView& x, const TensorView& positions, const TensorView& cos_sin,
-                      RotaryPairs pairs, Stream stream) {
-    const Check check("rotary_embedding");
+RotaryEmbeddingArgs checked_rotary_embedding(const Check& check, const TensorView& x,
+                                             const TensorView& positions, const TensorView& cos_sin,
+                                             RotaryPairs pairs) {
     check.dtype("x", x, {DType::kFloat32, DType::kBFloat16});
     check.shape("x", x, {Check::kAny, Check::kAny, Check::kAny});
     check.rows_contiguous("x", x);
@@ -37,7 +36,7 @@ void rotary_embedding(const TensorView& x, const TensorView& positions, const Te
         }
     }
 
-    const RotaryEmbeddingArgs args{
+    return {
         .x = x.data,
         .positions = positions.as<int32_t>(),
         .cos_sin = cos_sin.as<float>(),
@@ -51,6 +50,12 @@ void rotary_embedding(const TensorView& x, const TensorView& positions, const Te
         .pairs = pairs,
         .dtype = x.dtype,
     };
+}
+
+void rotary_embedding(const TensorView& x, const TensorView& positions, const TensorView& cos_sin,
+                      RotaryPairs pairs, Stream stream) {
+    const RotaryEmbeddingArgs args =
+        checked_rotary_embedding(Check("rotary_embedding"), x, positions, cos_sin, pairs);
     switch (x.device.type) {
         case DeviceType::kCpu:
             return cpu::rotary_embedding(args);

@@ -3,16 +3,15 @@
 #include <limits>
 
 #include "moecore/kernels/memory.hpp"
-#include "moecore/kernels/sort_by_expert.hpp"
 #include "moecore/topk_routing.hpp"
-#include "ops/check.hpp"
+#include "ops/routing.hpp"
 
 namespace moecore {
 
-void sort_by_expert(const TensorView& topk_ids, int64_t first_expert,
-                    const TensorView& sorted_slots, const TensorView& slot_to_row,
-                    const TensorView& expert_offsets, Stream stream) {
-    const Check check("sort_by_expert");
+SortByExpertArgs checked_sort_by_expert(const Check& check, const TensorView& topk_ids,
+                                        int64_t first_expert, const TensorView& sorted_slots,
+                                        const TensorView& slot_to_row,
+                                        const TensorView& expert_offsets) {
     check.dtype("topk_ids", topk_ids, {DType::kInt32});
     check.shape("topk_ids", topk_ids, {Check::kAny, Check::kAny});
     check.contiguous("topk_ids", topk_ids);
@@ -42,7 +41,7 @@ void sort_by_expert(const TensorView& topk_ids, int64_t first_expert,
             if (other != view) check.no_overlap(name, *view, other_name, *other);
     }
 
-    const SortByExpertArgs args{
+    return {
         .topk_ids = topk_ids.as<int32_t>(),
         .sorted_slots = sorted_slots.as<int32_t>(),
         .slot_to_row = slot_to_row.as<int32_t>(),
@@ -51,6 +50,13 @@ void sort_by_expert(const TensorView& topk_ids, int64_t first_expert,
         .first_expert = first_expert,
         .num_local_experts = static_cast<int>(num_local_experts),
     };
+}
+
+void sort_by_expert(const TensorView& topk_ids, int64_t first_expert,
+                    const TensorView& sorted_slots, const TensorView& slot_to_row,
+                    const TensorView& expert_offsets, Stream stream) {
+    const SortByExpertArgs args = checked_sort_by_expert(
+        Check("sort_by_expert"), topk_ids, first_expert, sorted_slots, slot_to_row, expert_offsets);
     switch (topk_ids.device.type) {
         case DeviceType::kCpu:
             return cpu::sort_by_expert(args);

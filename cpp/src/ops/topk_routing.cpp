@@ -3,8 +3,7 @@
 #include <cmath>
 
 #include "moecore/kernels/memory.hpp"
-#include "moecore/kernels/topk_routing.hpp"
-#include "ops/check.hpp"
+#include "ops/routing.hpp"
 
 namespace moecore {
 
@@ -32,16 +31,16 @@ void check_routing(const char* op, const RoutingConfig& config, int64_t num_expe
                " experts of topk_group groups, got ", config.top_k);
 }
 
-void topk_routing(const TensorView& router_logits, const TensorView& selection_bias,
-                  const RoutingConfig& config, const TensorView& topk_ids,
-                  const TensorView& topk_weights, Stream stream) {
-    const Check check("topk_routing");
+TopkRoutingArgs checked_topk_routing(const Check& check, const char* op,
+                                     const TensorView& router_logits,
+                                     const TensorView& selection_bias, const RoutingConfig& config,
+                                     const TensorView& topk_ids, const TensorView& topk_weights) {
     check.dtype("router_logits", router_logits, {DType::kFloat32, DType::kBFloat16});
     check.shape("router_logits", router_logits, {Check::kAny, Check::kAny});
     check.rows_contiguous("router_logits", router_logits);
     const int64_t num_tokens = router_logits.shape[0];
     const int64_t num_experts = router_logits.shape[1];
-    check_routing("topk_routing", config, num_experts);
+    check_routing(op, config, num_experts);
     if (selection_bias.defined()) {
         check.dtype("selection_bias", selection_bias, {DType::kFloat32});
         check.shape("selection_bias", selection_bias, {num_experts});
@@ -60,7 +59,7 @@ void topk_routing(const TensorView& router_logits, const TensorView& selection_b
     }
     check.no_overlap("topk_weights", topk_weights, "topk_ids", topk_ids);
 
-    const TopkRoutingArgs args{
+    return {
         .router_logits = router_logits.data,
         .selection_bias = selection_bias.defined() ? selection_bias.as<float>() : nullptr,
         .topk_ids = topk_ids.as<int32_t>(),
@@ -71,6 +70,14 @@ void topk_routing(const TensorView& router_logits, const TensorView& selection_b
         .logits_dtype = router_logits.dtype,
         .config = config,
     };
+}
+
+void topk_routing(const TensorView& router_logits, const TensorView& selection_bias,
+                  const RoutingConfig& config, const TensorView& topk_ids,
+                  const TensorView& topk_weights, Stream stream) {
+    constexpr const char* kOp = "topk_routing";
+    const TopkRoutingArgs args = checked_topk_routing(
+        Check(kOp), kOp, router_logits, selection_bias, config, topk_ids, topk_weights);
     switch (router_logits.device.type) {
         case DeviceType::kCpu:
             return cpu::topk_routing(args);

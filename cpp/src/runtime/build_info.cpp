@@ -17,6 +17,7 @@ BuildInfo build_info() {
     for (const cpu::KernelTable* table : cpu::supported_kernels())
         info.cpu_isas.emplace_back(table->name);
     info.cpu_isa = cpu::kernels().name;
+    info.cpu_isa_denied = cpu::isa_denied();
     return info;
 }
 

@@ -91,6 +91,10 @@ void Decoder::forward(const DecoderBatch& batch, const Activations& activations,
     // 2. The rows that want logits, which are few of a prompt's.
     kCheck.shape("logit_rows", batch.logit_rows, {Check::kAny});
     const int64_t num_rows = batch.logit_rows.shape[0];
+    if (num_rows == activations.num_tokens()) {  // ascending, so all of them
+        rms_norm(a.delta, parts_.final_norm, config.rms_norm_eps, a.residual, a.normed, stream);
+        return linear(a.normed, parts_.head, {}, {}, logits, stream);
+    }
     workspace.reset();
     const TensorView residual = workspace.take(config.dtype, {num_rows, config.hidden_size});
     const TensorView delta = workspace.take(config.dtype, {num_rows, config.hidden_size});

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "moecore/norm_and_rotate.hpp"
 #include "moecore/rms_norm.hpp"
 #include "moecore/rotary_embedding.hpp"
 #include "runtime/head_views.hpp"
@@ -125,21 +126,33 @@ void DecoderLayer::normalise_heads(const ActivationTensors& a, Stream stream) co
     rms_norm(key, weights_.k_norm, config_.rms_norm_eps, {}, key, stream);
 }
 
-void DecoderLayer::project_qkv(const Activations& activations, bool is_first, Stream stream) const {
-    check_call(activations);
-    const ActivationTensors& a = activations.tensors();
+void DecoderLayer::project(const ActivationTensors& a, bool is_first, Stream stream) const {
     rms_norm(is_first ? a.residual : a.delta, weights_.input_norm, config_.rms_norm_eps,
              is_first ? TensorView{} : a.residual, a.normed, stream);
     linear(a.normed, weights_.qkv, weights_.qkv_bias, {}, a.qkv, stream);
-    if (config_.qk_norm != QkNorm::kNone) normalise_heads(a, stream);
+}
+
+void DecoderLayer::project_qkv(const Activations& activations, bool is_first, Stream stream) const {
+    check_call(activations);
+    project(activations.tensors(), is_first, stream);
+    if (config_.qk_norm != QkNorm::kNone) normalise_heads(activations.tensors(), stream);
 }
 
 void DecoderLayer::before_attention(const Activations& activations, const TensorView& positions,
                                     const TensorView& cos_sin, bool is_first, Stream stream) const {
-    project_qkv(activations, is_first, stream);
-    const int64_t num_rotated = config_.num_heads + config_.num_kv_heads;
-    rotary_embedding(heads_of(activations.tensors().qkv, 0, num_rotated, config_.head_dim),
-                     positions, cos_sin, RotaryPairs::kHalves, stream);
+    check_call(activations);
+    const ActivationTensors& a = activations.tensors();
+    project(a, is_first, stream);
+    const TensorView rotated =
+        heads_of(a.qkv, 0, config_.num_heads + config_.num_kv_heads, config_.head_dim);
+    // One call only where both norms store in one dtype, which the operator asks for.
+    if (config_.qk_norm == QkNorm::kPerHead && weights_.q_norm.dtype == weights_.k_norm.dtype) {
+        norm_and_rotate(rotated, config_.num_heads, weights_.q_norm, weights_.k_norm,
+                        config_.rms_norm_eps, positions, cos_sin, RotaryPairs::kHalves, stream);
+        return;
+    }
+    if (config_.qk_norm != QkNorm::kNone) normalise_heads(a, stream);
+    rotary_embedding(rotated, positions, cos_sin, RotaryPairs::kHalves, stream);
 }
 
 void DecoderLayer::after_attention(const Activations& activations, Workspace& workspace,

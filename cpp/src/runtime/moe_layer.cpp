@@ -3,6 +3,8 @@
 #include <utility>
 
 #include "moecore/combine.hpp"
+#include "moecore/expert_parallel.hpp"
+#include "moecore/route_and_sort.hpp"
 #include "moecore/sort_by_expert.hpp"
 #include "runtime/weight_rules.hpp"
 
@@ -61,7 +63,42 @@ MoELayer::MoELayer(const MoEConfig& config, const MoEWeights& weights)
     }
 }
 
+MoELayer::MoELayer(const MoEConfig& config, const MoEWeights& weights, ExpertParallel& ranks,
+                   const ExpertParallelConfig& how)
+    : MoELayer(config, weights) {
+    constexpr int kMaxGroups = 64;
+    kCheck.that(how.num_groups >= 0 && how.num_groups <= kMaxGroups, "num_groups must be in [0, ",
+                kMaxGroups, "], got ", how.num_groups);
+    kCheck.that(how.fixed_tokens >= 0, "fixed_tokens must be >= 0, got ", how.fixed_tokens);
+    const bool gathers = how.schedule == Schedule::kAllGather;
+    kCheck.that(how.fixed_tokens == 0 || gathers,
+                "fixed_tokens must come with the all-gather schedule, got ", how.fixed_tokens);
+    kCheck.that(!gathers || how.combine == CombineMode::kExact,
+                "combine must be exact with the all-gather schedule, got fast");
+    const Device device = device_of(weights.gate_up);
+    kCheck.that(device == ranks.transport().device(), "transport must be one of ",
+                to_string(device), ", where the weights are, got one of ",
+                to_string(ranks.transport().device()));
+    ranks_ = &ranks;
+    how_ = how;
+}
+
+template <typename Body>
+void MoELayer::guarded(Body&& body) const {
+    if (ranks_ == nullptr) return body();
+    try {
+        body();
+    } catch (const std::exception& error) {
+        ranks_->transport().abort(error.what());
+        throw;
+    }
+}
+
 void MoELayer::check_call(const TensorView& hidden_states, const TensorView& output) const {
+    guarded([&] { check_tensors(hidden_states, output); });
+}
+
+void MoELayer::check_tensors(const TensorView& hidden_states, const TensorView& output) const {
     kCheck.shape("hidden_states", hidden_states, {Check::kAny, config_.hidden_size});
     kCheck.dtype("hidden_states", hidden_states, {config_.dtype});
     kCheck.rows_contiguous("hidden_states", hidden_states);
@@ -85,11 +122,12 @@ void MoELayer::check_call(const TensorView& hidden_states, const TensorView& out
 size_t MoELayer::workspace_bytes(int64_t max_tokens) const {
     const auto bytes = Workspace::bytes_for;
     const int64_t rows = max_tokens * config_.routing.top_k;
-    size_t total = bytes(DType::kInt32, {rows}) + bytes(DType::kFloat32, {rows}) +
-                   2 * bytes(DType::kInt32, {rows}) +
-                   bytes(DType::kInt64, {config_.num_local_experts + 1}) +
-                   bytes(config_.dtype, {rows, config_.intermediate_size}) +
-                   bytes(config_.dtype, {rows, config_.hidden_size});
+    size_t total = bytes(DType::kInt32, {rows}) + bytes(DType::kFloat32, {rows});
+    if (ranks_ == nullptr)  // else they are scratch memory of `ranks_`, which knows what arrives
+        total += 2 * bytes(DType::kInt32, {rows}) +
+                 bytes(DType::kInt64, {config_.num_local_experts + 1}) +
+                 bytes(config_.dtype, {rows, config_.intermediate_size}) +
+                 bytes(config_.dtype, {rows, config_.hidden_size});
     if (config_.shared_intermediate_size > 0)
         total += bytes(config_.dtype, {max_tokens, config_.shared_intermediate_size}) +
                  bytes(config_.dtype, {max_tokens, config_.hidden_size}) +
@@ -99,7 +137,12 @@ size_t MoELayer::workspace_bytes(int64_t max_tokens) const {
 
 void MoELayer::forward(const TensorView& hidden_states, const TensorView& router_logits,
                        const TensorView& output, Workspace& workspace, Stream stream) const {
-    check_call(hidden_states, output);
+    guarded([&] { run(hidden_states, router_logits, output, workspace, stream); });
+}
+
+void MoELayer::run(const TensorView& hidden_states, const TensorView& router_logits,
+                   const TensorView& output, Workspace& workspace, Stream stream) const {
+    check_tensors(hidden_states, output);
     const int64_t num_tokens = hidden_states.shape[0];
     kCheck.shape("router_logits", router_logits, {num_tokens, config_.num_experts});
     kCheck.no_overlap("output", output, "router_logits", router_logits);
@@ -107,46 +150,85 @@ void MoELayer::forward(const TensorView& hidden_states, const TensorView& router
     const int64_t top_k = config_.routing.top_k;
     const TensorView topk_ids = workspace.take(DType::kInt32, {num_tokens, top_k});
     const TensorView topk_weights = workspace.take(DType::kFloat32, {num_tokens, top_k});
-    topk_routing(router_logits, weights_.selection_bias, config_.routing, topk_ids, topk_weights,
-                 stream);
-    run_experts(hidden_states, topk_ids, topk_weights, output, workspace, stream);
+    if (ranks_ != nullptr) {
+        topk_routing(router_logits, weights_.selection_bias, config_.routing, topk_ids,
+                     topk_weights, stream);
+        return run_across_ranks(hidden_states, topk_ids, topk_weights, output, workspace, stream);
+    }
+    const SortedSlots sorted = take_sorted(num_tokens * top_k, workspace);
+    route_and_sort(router_logits, weights_.selection_bias, config_.routing, config_.first_expert,
+                   topk_ids, topk_weights, sorted.slots, sorted.slot_to_row, sorted.expert_offsets,
+                   stream);
+    run_experts(hidden_states, sorted, topk_weights, output, workspace, stream);
 }
 
 void MoELayer::forward_routed(const TensorView& hidden_states, const TensorView& topk_ids,
                               const TensorView& topk_weights, const TensorView& output,
                               Workspace& workspace, Stream stream) const {
-    check_call(hidden_states, output);
-    kCheck.shape("topk_ids", topk_ids, {hidden_states.shape[0], config_.routing.top_k});
-    kCheck.no_overlap("output", output, "topk_ids", topk_ids);
-    workspace.reset();
-    run_experts(hidden_states, topk_ids, topk_weights, output, workspace, stream);
+    guarded([&] {
+        check_tensors(hidden_states, output);
+        kCheck.shape("topk_ids", topk_ids, {hidden_states.shape[0], config_.routing.top_k});
+        kCheck.no_overlap("output", output, "topk_ids", topk_ids);
+        workspace.reset();
+        if (ranks_ != nullptr)
+            return run_across_ranks(hidden_states, topk_ids, topk_weights, output, workspace,
+                                    stream);
+        const SortedSlots sorted = take_sorted(topk_ids.num_elements(), workspace);
+        sort_by_expert(topk_ids, config_.first_expert, sorted.slots, sorted.slot_to_row,
+                       sorted.expert_offsets, stream);
+        run_experts(hidden_states, sorted, topk_weights, output, workspace, stream);
+    });
 }
 
-void MoELayer::run_experts(const TensorView& hidden_states, const TensorView& topk_ids,
+MoELayer::SortedSlots MoELayer::take_sorted(int64_t num_slots, Workspace& workspace) const {
+    return {
+        .slots = workspace.take(DType::kInt32, {num_slots}),
+        .slot_to_row = workspace.take(DType::kInt32, {num_slots}),
+        .expert_offsets = workspace.take(DType::kInt64, {config_.num_local_experts + 1}),
+    };
+}
+
+void MoELayer::run_experts(const TensorView& hidden_states, const SortedSlots& sorted,
                            const TensorView& topk_weights, const TensorView& output,
                            Workspace& workspace, Stream stream) const {
-    const int64_t num_slots = topk_ids.num_elements();
+    const int64_t num_slots = sorted.slots.num_elements();
     const int top_k = config_.routing.top_k;
 
-    // 1. Sort the slots by expert.
-    const TensorView sorted_slots = workspace.take(DType::kInt32, {num_slots});
-    const TensorView slot_to_row = workspace.take(DType::kInt32, {num_slots});
-    const TensorView expert_offsets =
-        workspace.take(DType::kInt64, {config_.num_local_experts + 1});
-    sort_by_expert(topk_ids, config_.first_expert, sorted_slots, slot_to_row, expert_offsets,
-                   stream);
-
-    // 2. Both GEMMs of the experts; the gather happens inside the first.
+    // 1. Both GEMMs of the experts; the gather happens inside the first.
     const TensorView inner = workspace.take(config_.dtype, {num_slots, config_.intermediate_size});
     const TensorView rows = workspace.take(config_.dtype, {num_slots, config_.hidden_size});
-    grouped_gemm(hidden_states, weights_.gate_up, weights_.gate_up_bias, expert_offsets,
-                 sorted_slots, top_k, config_.activation, inner, stream);
-    grouped_gemm(inner, weights_.down, weights_.down_bias, expert_offsets, {}, 1, {}, rows, stream);
+    grouped_gemm(hidden_states, weights_.gate_up, weights_.gate_up_bias, sorted.expert_offsets,
+                 sorted.slots, top_k, config_.activation, inner, stream);
+    grouped_gemm(inner, weights_.down, weights_.down_bias, sorted.expert_offsets, {}, 1, {}, rows,
+                 stream);
 
-    // 3. The shared expert, then every token's sum.
+    // 2. The shared expert, then every token's sum.
     TensorView shared_scale;
     const TensorView shared = run_shared(hidden_states, shared_scale, workspace, stream);
-    combine(rows, slot_to_row, topk_weights, shared, shared_scale, output, stream);
+    combine(rows, sorted.slot_to_row, topk_weights, shared, shared_scale, output, stream);
+}
+
+void MoELayer::run_across_ranks(const TensorView& hidden_states, const TensorView& topk_ids,
+                                const TensorView& topk_weights, const TensorView& output,
+                                Workspace& workspace, Stream stream) const {
+    check_routes(topk_ids, topk_weights, output);
+    const auto shared = [&](TensorView& scale) {
+        return run_shared(hidden_states, scale, workspace, stream);
+    };
+    ranks_->forward(
+        {config_, weights_, how_, hidden_states, topk_ids, topk_weights, output, shared}, stream);
+}
+
+void MoELayer::check_routes(const TensorView& topk_ids, const TensorView& topk_weights,
+                            const TensorView& output) const {
+    const int64_t num_tokens = output.shape[0];
+    kCheck.dtype("topk_ids", topk_ids, {DType::kInt32});
+    kCheck.contiguous("topk_ids", topk_ids);
+    kCheck.device("topk_ids", topk_ids, output.device);
+    kCheck.dtype("topk_weights", topk_weights, {DType::kFloat32});
+    kCheck.shape("topk_weights", topk_weights, {num_tokens, config_.routing.top_k});
+    kCheck.contiguous("topk_weights", topk_weights);
+    kCheck.device("topk_weights", topk_weights, output.device);
 }
 
 TensorView MoELayer::run_shared(const TensorView& hidden_states, TensorView& shared_scale,

@@ -8,24 +8,15 @@ import importlib.resources
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from moecore.cli.check import Check
+from moecore.cli.rank_check import rank_check
 
 _PACKAGES = ("safetensors", "tokenizers", "huggingface_hub", "jinja2", "tqdm", "rich", "numpy")
 _OLDEST_TORCH = (2, 10)
 _BUNDLED_FILES = ("config.json", "tokenizer.json", "model.safetensors")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. "problem": something will not work; "note": it works, and could be better."""
-
-    name: str
-    status: Literal["ok", "note", "problem"]
-    detail: str
-    advice: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def run_checks() -> list[Check]:
@@ -64,8 +55,11 @@ def _build(name: str) -> Check:
 def _instruction_set(name: str) -> Check:
     info = _build_info()
     supported, used = list(info["cpu_isas"]), str(info["cpu_isa"])
-    facts = {"supported": supported, "used": used}
+    denied = str(info["cpu_isa_denied"])
+    facts = {"supported": supported, "used": used, "denied": denied}
     detail = f"{used}, of {', '.join(supported)}"
+    if denied:
+        return Check(name, "note", f"{detail}; without {denied}", _ADVICE[name], facts)
     if used != supported[-1]:
         advice = f"MOECORE_CPU_ISA holds it back: unset it to use {supported[-1]}"
         return Check(name, "note", detail, advice, facts)
@@ -152,6 +146,13 @@ def _nccl(name: str) -> Check:
     return Check(name, "ok", "not found; only several GPUs need it", _ADVICE[name], facts)
 
 
+def _ranks(name: str) -> Check:
+    import torch
+
+    has_nccl = any(_nccl("NCCL").facts["places"].values())
+    return rank_check(name, _usable_cpus(), torch.cuda.device_count(), has_nccl)
+
+
 def _huge_pages(name: str) -> Check:
     file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not file.exists():
@@ -206,6 +207,7 @@ _CHECKS: dict[str, Callable[[str], Check]] = {
     "OpenMP": _openmp,
     "GPUs": _gpus,
     "NCCL": _nccl,
+    "expert parallelism": _ranks,
     "huge pages": _huge_pages,
     "memory": _memory,
     "packages": _packages,
@@ -215,6 +217,11 @@ _CHECKS: dict[str, Callable[[str], Check]] = {
 _ADVICE = {
     "torch": "pip install 'torch>=2.10'",
     "build": "install moecore again: pip install --force-reinstall --no-deps moecore",
+    "instruction set": (
+        "prompts are computed faster with AMX: see that the kernel (5.16 or newer), the virtual"
+        " machine and the sandbox allow it, and that moecore is used before threads get small"
+        " signal stacks"
+    ),
     "OpenMP": "two pools of threads wait for each other: import torch before the other library",
     "GPUs": "build where nvcc is: pip install . --config-settings=cmake.define.MOECORE_CUDA=ON",
     "NCCL": "for several GPUs: pip install nvidia-nccl-cu13 (or -cu12, as torch's CUDA)",

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moecore.cli.checks import Check
+    from moecore.cli.check import Check
 
 _STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 

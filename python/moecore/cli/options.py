@@ -31,6 +31,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-model-len", type=int, metavar="N", help="tokens of a prompt and its completion"
     )
+    group.add_argument(
+        "--ep", type=int, default=1, metavar="N", help="ranks that share out the experts"
+    )
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="show timings, and where an error arose"
     )
@@ -89,6 +92,7 @@ def load(args: argparse.Namespace) -> tuple[LLM, float]:
         device=args.device,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
+        expert_parallel_size=args.ep,
         use_tqdm=sys.stderr.isatty(),
     )
     return llm, time.monotonic() - start

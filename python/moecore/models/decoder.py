@@ -21,6 +21,7 @@ from moecore.models.layers import MLP, Linear, Parameter, Placement, fill, one_m
 from moecore.models.moe import MoE
 from moecore.models.names import CheckpointNames
 from moecore.ops import PackedWeights
+from moecore.transport import Transport
 
 
 class Activations:
@@ -39,13 +40,14 @@ class Activations:
         self.attended = attended.view(num_tokens, heads, dim)
         is_moe = config.moe_layers
         experts, inner = config.moe.num_experts, config.intermediate_size
+        self.router_logits = place.empty(num_tokens, experts) if any(is_moe) else None
         self.native = _core.Activations(
             residual=self.residual,
             normed=self.normed,
             delta=self.delta,
             qkv=self.qkv,
             attended=attended,
-            router_logits=place.empty(num_tokens, experts) if any(is_moe) else None,
+            router_logits=self.router_logits,
             inner=None if all(is_moe) else place.empty(num_tokens, inner),
         )
 
@@ -91,7 +93,7 @@ class DecoderLayer:
         layer: int,
         config: ModelConfig,
         names: CheckpointNames,
-        local_experts: range,
+        transport: Transport | None,
     ) -> None:
         prefix = f"model.layers.{layer}"
         hidden = config.hidden_size
@@ -102,7 +104,7 @@ class DecoderLayer:
         self._attention = SelfAttention(place, layer, config)
         self._mlp: MLP | MoE
         if config.moe_layers[layer]:
-            self._mlp = MoE(place, prefix, hidden, config.moe, names, local_experts)
+            self._mlp = MoE(place, prefix, hidden, config.moe, names, transport)
         else:
             self._mlp = MLP(place, f"{prefix}.mlp", hidden, config.intermediate_size)
         self.native = _core.DecoderLayer(
@@ -149,6 +151,11 @@ class DecoderLayer:
         attention(self._index, a.q, a.k, a.v, batch, out=a.attended)
         self.native.after_attention(a.native)
 
+    def join(self, a: Activations) -> None:
+        """Run this rank's experts for other ranks' tokens; `a` is of none."""
+        if isinstance(self._mlp, MoE):
+            self.native.after_attention(a.native)
+
 
 class CausalLM:
     """Embedding, decoder layers, final norm and the head: token ids to logits.
@@ -158,7 +165,8 @@ class CausalLM:
         names: of its tensors in a checkpoint.
         device: where it runs.
         dtype: of weights and activations, float32 or bfloat16.
-        local_experts: this rank's experts (default: all).
+        transport: to the other ranks of an expert-parallel group, each of which holds its share of
+            the experts and runs its own tokens: every forward pass is then all ranks' together.
     """
 
     def __init__(
@@ -168,11 +176,11 @@ class CausalLM:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        local_experts: range | None = None,
+        transport: Transport | None = None,
     ) -> None:
         place = Placement(device, dtype)
-        experts = range(config.moe.num_experts) if local_experts is None else local_experts
         self.config = config
+        self.is_distributed = transport is not None  # over several ranks
         self._names = names
         self._place = place
         # A tied embedding is read from the head's rows: one copy serves both.
@@ -182,7 +190,7 @@ class CausalLM:
         if not config.tie_word_embeddings:
             self._embedding = place.empty(config.vocab_size, config.hidden_size)
         self._layers = [
-            DecoderLayer(place, i, config, names, experts) for i in range(config.num_layers)
+            DecoderLayer(place, i, config, names, transport) for i in range(config.num_layers)
         ]
         self._norm = Parameter(place, "model.norm.weight", config.hidden_size)
         self._activations: dict[int, Activations] = {}
@@ -209,14 +217,35 @@ class CausalLM:
         tied = (r"lm_head\.weight",) if self.config.tie_word_embeddings else ()
         return self._names.ignored + tied
 
-    def forward(self, batch: Batch, attention: Attention, cos_sin: Tensor) -> Tensor:
+    def activations(self, num_tokens: int) -> Activations:
+        """New buffers for passes of T tokens."""
+        return Activations(self._place, self.config, num_tokens)
+
+    def forward(
+        self,
+        batch: Batch,
+        attention: Attention,
+        cos_sin: Tensor,
+        *,
+        activations: Activations | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Run the batch's T tokens; return its logits [N, vocab_size] float32.
 
-        cos_sin [P, rotary_dim] float32 covers every position of the batch.
+        Args:
+            batch: on the model's device.
+            attention: holds the keys and values.
+            cos_sin: [P, rotary_dim] float32, for every position of the batch.
+            activations: of T tokens (default: buffers that the model keeps).
+            out: [N, vocab_size] float32 (default: new).
         """
-        a = self._activations_of(batch.token_ids.shape[0])
+        a = activations or self._activations_of(batch.token_ids.shape[0])
+        if out is None:
+            shape = (batch.logit_rows.shape[0], self.config.vocab_size)
+            out = torch.empty(shape, dtype=torch.float32, device=self._place.device)
         if isinstance(attention, NativeAttention) and self.config.clip_qkv is None:
-            return self._forward_natively(a, batch, attention, cos_sin)
+            self._forward_natively(a, batch, attention, cos_sin, out)
+            return out
         ops.embedding(batch.token_ids, self._embedding, out=a.residual)
         for layer in self._layers:
             layer(a, cos_sin, attention, batch)
@@ -224,11 +253,16 @@ class CausalLM:
         normed = ops.rms_norm(
             a.delta[rows], self._norm.value, self.config.rms_norm_eps, residual=a.residual[rows]
         )
-        return ops.linear(normed, self._head_matrix, out_dtype=torch.float32)
+        return ops.linear(normed, self._head_matrix, out=out, out_dtype=torch.float32)
 
     def _forward_natively(
-        self, a: Activations, batch: Batch, attention: NativeAttention, cos_sin: Tensor
-    ) -> Tensor:
+        self,
+        a: Activations,
+        batch: Batch,
+        attention: NativeAttention,
+        cos_sin: Tensor,
+        logits: Tensor,
+    ) -> None:
         """The same in one call of the core, which knows this attention."""
         if self._decoder is None or self._decoder[0] is not attention:
             native = _core.Decoder(
@@ -242,7 +276,6 @@ class CausalLM:
                 },
             )
             self._decoder = (attention, native)
-        logits = torch.empty(len(batch.logit_rows), self.config.vocab_size)
         self._decoder[1].forward(
             a.native,
             batch.token_ids,
@@ -254,13 +287,18 @@ class CausalLM:
             batch.logit_rows,
             logits,
         )
-        return logits
+
+    def join(self) -> None:
+        """Take part in a pass of the group with no tokens of this rank's own."""
+        a = self._activations_of(0)
+        for layer in self._layers:
+            layer.join(a)
 
     def _activations_of(self, num_tokens: int) -> Activations:
         """Buffers for T tokens; those of the last few T are kept, so that decode allocates none."""
         found = self._activations.pop(num_tokens, None)
         if found is None:
-            found = Activations(self._place, self.config, num_tokens)
+            found = self.activations(num_tokens)
             if len(self._activations) >= 4:
                 del self._activations[next(iter(self._activations))]
         self._activations[num_tokens] = found

@@ -9,12 +9,19 @@ from moecore.loading import Source, WeightSlot
 from moecore.models.layers import MLP, Placement, fill, one_matrix
 from moecore.models.names import CheckpointNames
 from moecore.moe_layer import MoELayer
+from moecore.transport import Transport, expert_range
 
 Alternatives = tuple[tuple[Source, ...], ...]
 
 
+def _experts_of(transport: Transport | None, num_experts: int) -> range:
+    if transport is None:
+        return range(num_experts)
+    return expert_range(num_experts, transport.rank, transport.size)
+
+
 class MoE:
-    """The router, and a MoELayer over the experts in `local_experts` of the layer's E."""
+    """The router, and a MoELayer over this rank's experts of the layer's E: all, or its share."""
 
     def __init__(
         self,
@@ -23,14 +30,14 @@ class MoE:
         hidden_size: int,
         moe: MoEConfig,
         names: CheckpointNames,
-        local_experts: range,
+        transport: Transport | None,
     ) -> None:
         self._prefixes = [f"{layer}.{prefix}" for prefix in names.moe_prefixes]
         self._names = names
         self._moe = moe
         self._hidden_size = hidden_size
-        self._local_experts = local_experts
-        num_local, inner = len(local_experts), moe.intermediate_size
+        self._local_experts = local = _experts_of(transport, moe.num_experts)
+        num_local, inner = len(local), moe.intermediate_size
         self._router = place.matrices(1, moe.num_experts, hidden_size, gated=False)
         self.router_matrix = one_matrix(self._router)
         self._gate_up = place.matrices(num_local, 2 * inner, hidden_size, gated=True)
@@ -44,10 +51,11 @@ class MoE:
             self._down,
             moe.routing_config(),
             num_experts=moe.num_experts,
-            first_expert=local_experts.start,
+            first_expert=local.start,
             shared_gate_up=self._shared.gate_up.matrix if self._shared else None,
             shared_down=self._shared.down.matrix if self._shared else None,
             shared_gate=self._shared_gate,
+            transport=transport,
         )
 
     def slots(self) -> list[WeightSlot]:
@@ -59,8 +67,8 @@ class MoE:
                 lambda weight: fill(self._router, 0, (weight,)),
             )
         ]
-        for index, expert in enumerate(self._local_experts):
-            slots += self._expert_slots(index, expert)
+        for expert in range(experts):
+            slots += self._expert_slots(expert)
         if self._shared is not None:
             slots += self._shared.slots()
         if self._shared_gate is not None:
@@ -68,9 +76,10 @@ class MoE:
             slots.append(WeightSlot(gate, self._shared_gate.copy_))
         return slots
 
-    def _expert_slots(self, index: int, expert: int) -> list[WeightSlot]:
+    def _expert_slots(self, expert: int) -> list[WeightSlot]:
         names, hidden, inner = self._names, self._hidden_size, self._moe.intermediate_size
         experts = self._moe.num_experts
+        index = expert - self._local_experts.start
 
         def load_gate_up(*parts: Tensor) -> None:
             fill(self._gate_up, index, parts)
@@ -85,6 +94,8 @@ class MoE:
         down = self._alternatives(
             (names.expert_down.format(e=expert), (hidden, inner))
         ) + self._fused(names.fused_down, (experts, hidden, inner), expert)
+        if expert not in self._local_experts:
+            return [WeightSlot(gate_up, None), WeightSlot(down, None)]
         return [WeightSlot(gate_up, load_gate_up), WeightSlot(down, load_down)]
 
     def _alternatives(self, *parts: tuple[str, tuple[int, ...]]) -> Alternatives:

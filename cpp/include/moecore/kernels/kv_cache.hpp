@@ -17,8 +17,9 @@ struct KvCacheArgs {
     const int32_t* context_lens;   ///< [S]
     const int32_t* block_tables;   ///< [S, B]
     int64_t block_table_stride;
-    int64_t num_sequences;  ///< S >= 0
-    DType dtype;            ///< of key and value
+    int64_t block_table_width;  ///< B
+    int64_t num_sequences;      ///< S >= 0
+    DType dtype;                ///< of key and value
 };
 
 }  // namespace moecore

@@ -96,7 +96,9 @@ int64_t pack_transposed(const PackLanes& lanes, const Element* source, Element* 
     for (; k + kStep <= lanes.k_dim; k += kStep)
         transpose_words(reinterpret_cast<const char*>(source + k),
                         lanes.row_stride * static_cast<int64_t>(sizeof(Element)), lanes.num_rows,
-                        reinterpret_cast<char*>(panel + k * kPanelColumns), kLineBytes);
+                        reinterpret_cast<char*>(panel + k * kPanelColumns), kLineBytes,
+                        lanes.past_caches);
+    if (lanes.past_caches) flush_stores();
     return k;
 }
 

@@ -33,7 +33,7 @@ inline void transpose(const __m256i (&row)[8], __m256i (&column)[8]) {
 }
 
 inline void transpose_words(const char* rows, int64_t row_bytes, int num_rows, char* lines,
-                            int64_t line_bytes) {
+                            int64_t line_bytes, [[maybe_unused]] bool past_caches) {
     constexpr int kHalfBytes = 32;
     for (int first_row = 0; first_row < 16; first_row += 8)
         for (int half = 0; half < 2; ++half) {
@@ -53,6 +53,7 @@ inline void transpose_words(const char* rows, int64_t row_bytes, int num_rows, c
                     column[i]);
         }
 }
+inline void flush_stores() {}  // half a line at a time is no gain
 
 }  // namespace
 }  // namespace moecore::cpu

@@ -39,14 +39,21 @@ inline void transpose(const __m512i (&row)[16], __m512i (&column)[16]) {
 }
 
 inline void transpose_words(const char* rows, int64_t row_bytes, int num_rows, char* lines,
-                            int64_t line_bytes) {
+                            int64_t line_bytes, bool past_caches) {
     __m512i row[16], column[16];
     for (int r = 0; r < 16; ++r)
         row[r] = r < num_rows ? _mm512_loadu_si512(rows + r * row_bytes) : _mm512_setzero_si512();
     transpose(row, column);
+    if (past_caches) {  // whole lines of memory, which need not be read before
+#pragma GCC unroll 16
+        for (int c = 0; c < 16; ++c)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(lines + c * line_bytes), column[c]);
+        return;
+    }
 #pragma GCC unroll 16
     for (int c = 0; c < 16; ++c) _mm512_storeu_si512(lines + c * line_bytes, column[c]);
 }
+inline void flush_stores() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace moecore::cpu

@@ -1,0 +1,55 @@
+#pragma once
+
+// Transports that change what communication costs, to measure what a schedule hides.
+
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "moecore/transport.hpp"
+
+namespace moecore::bench {
+
+/// Emulation of a link, not a measurement of one: every all_to_all_v takes at least `us` plus its
+/// remote bytes over `gbps`, while the processor is free. CPU only.
+std::unique_ptr<Transport> make_paced_transport(std::unique_ptr<Transport> inner, double gbps,
+                                                double us);
+
+/// The same plan without communication: records what all_gather gives while `is_recording`, then
+/// gives it again, and moves no row (those of the recorded call are still in place).
+class EchoTransport : public Transport {
+public:
+    explicit EchoTransport(Transport& inner) : inner_(inner) {}
+
+    void set_recording(bool is_recording) {
+        is_recording_ = is_recording;
+        if (is_recording) recorded_.clear();
+        next_ = 0;
+    }
+
+    int rank() const override { return inner_.rank(); }
+    int size() const override { return inner_.size(); }
+    const char* kind() const override { return inner_.kind(); }
+    Device device() const override { return inner_.device(); }
+    void all_gather(const char* phase, const void* mine, void* all, size_t bytes) override;
+    void all_to_all_v(const char* phase, const RowsToSend& send, const RowsToReceive& recv,
+                      size_t row_bytes, Stream stream) override {
+        if (is_recording_) inner_.all_to_all_v(phase, send, recv, row_bytes, stream);
+    }
+    void all_gather_rows(const char* phase, const void* mine, void* all, size_t bytes,
+                         Stream stream) override {
+        if (is_recording_) inner_.all_gather_rows(phase, mine, all, bytes, stream);
+    }
+    void synchronize(const char* phase, Stream stream) override {
+        inner_.synchronize(phase, stream);
+    }
+    void abort(const std::string& reason) noexcept override { inner_.abort(reason); }
+
+private:
+    Transport& inner_;
+    bool is_recording_ = true;
+    std::vector<std::vector<char>> recorded_;
+    size_t next_ = 0;
+};
+
+}  // namespace moecore::bench

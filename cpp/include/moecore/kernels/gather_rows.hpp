@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "moecore/stream.hpp"
+
+namespace moecore {
+
+/// What every gather_rows kernel takes. Built and checked by ops/gather_rows.cpp. Sizes in bytes.
+struct GatherRowsArgs {
+    const void* input;     ///< [N] rows
+    const int32_t* index;  ///< [M], -1 for none
+    void* output;          ///< [M] rows, out
+    int64_t num_inputs;    ///< N
+    int64_t num_outputs;   ///< M >= 0
+    int64_t row_bytes;     ///< even, > 0
+    int64_t input_stride;
+    int64_t output_stride;
+};
+
+namespace cpu {
+void gather_rows(const GatherRowsArgs& args);
+}
+namespace cuda {
+/// An index outside [0, num_inputs) leaves its row as it is.
+void gather_rows(const GatherRowsArgs& args, Stream stream);
+}  // namespace cuda
+
+}  // namespace moecore

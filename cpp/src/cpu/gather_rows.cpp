@@ -1,0 +1,24 @@
+#include "moecore/kernels/gather_rows.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/parallel.hpp"
+
+namespace moecore::cpu {
+
+void gather_rows(const GatherRowsArgs& args) {
+    constexpr int64_t kBytesPerRange = 64 * 1024;
+    const char* input = static_cast<const char*>(args.input);
+    char* output = static_cast<char*>(args.output);
+    const int64_t grain = std::max<int64_t>(1, kBytesPerRange / args.row_bytes);
+    parallel_ranges(args.num_outputs, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            if (args.index[i] >= 0)
+                std::memcpy(output + i * args.output_stride,
+                            input + args.index[i] * args.input_stride,
+                            static_cast<size_t>(args.row_bytes));
+    });
+}
+
+}  // namespace moecore::cpu

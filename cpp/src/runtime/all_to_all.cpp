@@ -1,0 +1,212 @@
+#include "runtime/all_to_all.hpp"
+
+#include <optional>
+
+#include "moecore/combine.hpp"
+#include "moecore/error.hpp"
+#include "moecore/gather_rows.hpp"
+#include "runtime/take_all.hpp"
+
+namespace moecore {
+namespace {
+
+constexpr int kWhole = -1;  ///< a phase of all groups
+using Lane = Timeline::Lane;
+
+/// One call: the plan, and its phases. Must live until the lane is idle.
+class Exchange {
+public:
+    Exchange(EpResources& resources, const ExpertParallel::Call& call, const Agreement& agreement,
+             int num_groups, Stream stream)
+        : transport_(resources.transport),
+          timeline_(resources.timeline),
+          call_(call),
+          is_on_host_(transport_.device().type == DeviceType::kCpu),
+          places_(agreement.ranges, num_groups),
+          plan_(make_dispatch_plan(places_, transport_.rank(), call.config.routing.top_k,
+                                   agreement.ids)),
+          row_bytes_(static_cast<size_t>(call.config.hidden_size) * size_of(call.config.dtype)) {
+        if (call.how.combine == CombineMode::kFast)
+            fast_.emplace(plan_, call.config.routing.top_k, agreement.weights);
+        tensors_ = place_plan(plan_, fast_ ? &*fast_ : nullptr, places_, transport_.rank(),
+                              resources.plan_storage, transport_.device(), stream);
+        take_scratch(resources.workspace);
+    }
+
+    int num_groups() const { return places_.num_groups(); }
+    bool is_fast() const { return fast_.has_value(); }
+
+    /// Sends the copies of tokens that `group` needs first.
+    void dispatch(int group, Stream stream) {
+        timeline_.span("dispatch", group, Lane::kCommunication, stream, [&] {
+            exchange("dispatch", call_.hidden_states, tensors_.sent_tokens,
+                     plan_.sent.before(group), plan_.sent.of_group(group), packed_, copies_,
+                     plan_.received.before(group), plan_.received.of_group(group), stream);
+        });
+    }
+
+    /// Both GEMMs of the experts of `group`: those of other groups have no rows in its offsets.
+    void run_experts(int group, Stream stream) {
+        timeline_.span("experts", group, Lane::kCompute, stream, [&] {
+            const TensorView& offsets = tensors_.group_offsets[static_cast<size_t>(group)];
+            const MoEWeights& weights = call_.weights;
+            grouped_gemm(copies_, weights.gate_up, weights.gate_up_bias, offsets,
+                         tensors_.sorted_slots, call_.config.routing.top_k, call_.config.activation,
+                         inner_, stream);
+            grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_,
+                         stream);
+        });
+    }
+
+    /// Sends every route's result of `group` to the token's owner.
+    void send_back(int group, Stream stream) {
+        timeline_.span("return", group, Lane::kCommunication, stream, [&] {
+            exchange("return", rows_, tensors_.back_rows, plan_.sent_back.before(group),
+                     plan_.sent_back.of_group(group), packed_back_, back_,
+                     plan_.received_back.before(group), plan_.received_back.of_group(group),
+                     stream);
+        });
+    }
+
+    /// kFast: adds the routes of each copy where its experts are.
+    void add_locally(Stream stream) {
+        timeline_.span("add locally", kWhole, Lane::kCompute, stream, [&] {
+            combine(rows_, tensors_.copy_slot_to_row, tensors_.copy_weights, {}, {}, partial_,
+                    stream);
+        });
+    }
+
+    /// kFast: sends one row a copy to the token's owner.
+    void send_back_partial(Stream stream) {
+        timeline_.span("return", kWhole, Lane::kCommunication, stream, [&] {
+            exchange("return", partial_, tensors_.back_copies, 0, fast_->sent_back, packed_back_,
+                     back_, 0, fast_->received_back, stream);
+        });
+    }
+
+    /// Adds every token's results in the order of its choices (kFast: of ranks), and the shared
+    /// expert's.
+    void combine_results(const TensorView& shared, const TensorView& shared_scale, Stream stream) {
+        timeline_.span("combine", kWhole, Lane::kCompute, stream, [&] {
+            combine(back_, fast_ ? tensors_.slot_to_partial : tensors_.slot_to_back,
+                    fast_ ? tensors_.ones : call_.topk_weights, shared, shared_scale, call_.output,
+                    stream);
+        });
+    }
+
+private:
+    void take_scratch(Workspace& workspace) {
+        const DType dtype = call_.config.dtype;
+        const int64_t width = call_.config.hidden_size;
+        const int64_t num_copies = plan_.received.total();
+        const int64_t num_rows = plan_.sent_back.total();
+        const int64_t num_sent = plan_.sent.total();
+        // A transport of host memory gathers rows by itself.
+        const int64_t packed_back = is_fast() ? num_copies : num_rows;
+        take_all(workspace,
+                 {{&copies_, dtype, num_copies, width},
+                  {&inner_, dtype, num_rows, call_.config.intermediate_size},
+                  {&rows_, dtype, num_rows, width},
+                  {&back_, dtype, is_fast() ? num_sent : plan_.received_back.total(), width},
+                  {&partial_, dtype, is_fast() ? num_copies : 0, width},
+                  {&packed_, dtype, is_on_host_ ? 0 : num_sent, width},
+                  {&packed_back_, dtype, is_on_host_ ? 0 : packed_back, width}});
+    }
+
+    /// Rows `source[index[i]]` of the phase that begins at i = first_sent, to rows of `target` from
+    /// first_received on. `packed` holds them side by side where the transport cannot gather.
+    void exchange(const char* phase, const TensorView& source, const TensorView& index,
+                  int64_t first_sent, std::span<const int64_t> sent, const TensorView& packed,
+                  const TensorView& target, int64_t first_received,
+                  std::span<const int64_t> received, Stream stream) {
+        RowsToSend send{
+            .data = source.data,
+            .row_stride = static_cast<size_t>(source.strides[0]) * size_of(source.dtype),
+            .index = index.as<int32_t>() + first_sent,
+            .counts = sent};
+        if (!is_on_host_) {
+            int64_t count = 0;
+            for (const int64_t rows : sent) count += rows;
+            const TensorView rows = slice(packed, first_sent, count);
+            gather_rows(source, slice(index, first_sent, count), rows, stream);
+            send = {.data = rows.data, .row_stride = row_bytes_, .index = nullptr, .counts = sent};
+        }
+        const TensorView arrived = slice(target, first_received, 0);
+        transport_.all_to_all_v(phase, send, {.data = arrived.data, .counts = received}, row_bytes_,
+                                stream);
+    }
+
+    Transport& transport_;
+    Timeline& timeline_;
+    const ExpertParallel::Call& call_;
+    bool is_on_host_;
+    ExpertPlaces places_;
+    DispatchPlan plan_;
+    std::optional<FastReturn> fast_;
+    PlanTensors tensors_;
+    size_t row_bytes_;
+    TensorView copies_;                ///< [copies received, H]
+    TensorView inner_, rows_;          ///< [R, I] and [R, H] of this rank's experts
+    TensorView back_;                  ///< [results received, H]
+    TensorView partial_;               ///< [copies received, H]; kFast
+    TensorView packed_, packed_back_;  ///< rows side by side; on CUDA
+};
+
+/// The pipeline: while a group is in its GEMMs the next one arrives and the last one leaves. The
+/// shared expert runs under the first dispatch.
+void run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, Timeline& timeline,
+                  CommLane& lane, Stream stream) {
+    const int num_groups = exchange.num_groups();
+    const auto dispatch = [&](int group) {
+        return lane.submit([&exchange, group](Stream s) { exchange.dispatch(group, s); }, stream);
+    };
+    int64_t arriving = dispatch(0);
+    TensorView shared_scale, shared;
+    if (call.config.shared_intermediate_size > 0)
+        timeline.span("shared expert", kWhole, Lane::kCompute, stream,
+                      [&] { shared = call.run_shared(shared_scale); });
+    int64_t leaving = 0;
+    for (int group = 0; group < num_groups; ++group) {
+        const int64_t arrived = arriving;
+        if (group + 1 < num_groups) arriving = dispatch(group + 1);
+        lane.wait(arrived, stream);
+        exchange.run_experts(group, stream);
+        if (!exchange.is_fast())
+            leaving =
+                lane.submit([&exchange, group](Stream s) { exchange.send_back(group, s); }, stream);
+    }
+    if (exchange.is_fast()) {
+        exchange.add_locally(stream);
+        leaving = lane.submit([&exchange](Stream s) { exchange.send_back_partial(s); }, stream);
+    }
+    lane.wait(leaving, stream);
+    exchange.combine_results(shared, shared_scale, stream);
+}
+
+}  // namespace
+
+void run_all_to_all(EpResources& resources, const ExpertParallel::Call& call,
+                    const Agreement& agreement, int num_groups, Stream stream) {
+    std::optional<Exchange> exchange;
+    resources.timeline.span("plan", kWhole, Lane::kCompute, stream, [&] {
+        exchange.emplace(resources, call, agreement, num_groups, stream);
+    });
+    const bool overlaps = num_groups > 1 || call.config.shared_intermediate_size > 0;
+    if (overlaps && resources.side_lane == nullptr)
+        resources.side_lane = make_side_lane(resources.transport.device());
+    CommLane& lane = overlaps ? *resources.side_lane : *resources.inline_lane;
+    try {
+        run_pipeline(*exchange, call, resources.timeline, lane, stream);
+    } catch (const std::exception& error) {
+        // The lane may still be inside a call that reads `exchange`: end that first.
+        resources.transport.abort(error.what());
+        try {
+            lane.wait(lane.submit([](Stream) {}, stream), stream);
+        } catch (const std::exception&) {
+            // The lane's own error; the first one is reported.
+        }
+        throw;
+    }
+}
+
+}  // namespace moecore

@@ -1,0 +1,102 @@
+#include "moecore/ep_schedule.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "moecore/error.hpp"
+
+namespace moecore {
+namespace {
+
+/// Microseconds of a layer's parts.
+struct Costs {
+    double dispatch, back, compute;
+};
+
+double us_of_bytes(double bytes, double gbps) { return bytes / (gbps * 1e3); }
+
+double rounded(double us) { return std::round(us * 10.0) / 10.0; }
+
+/// Reading a rank's experts once, or their flops, whichever takes longer.
+double compute_us(const LayerLoad& load, const MachineFigures& figures) {
+    const double matrix = 3.0 * static_cast<double>(load.hidden_size * load.intermediate_size);
+    const double experts = static_cast<double>(load.num_experts) / load.num_ranks;
+    const double routes = static_cast<double>(load.total_tokens * load.top_k) / load.num_ranks;
+    const double bytes =
+        matrix * std::min(experts, routes) * static_cast<double>(load.element_bytes);
+    const double flops = 2.0 * matrix * routes;
+    return std::max(us_of_bytes(bytes, figures.memory_gbps),
+                    flops / (figures.compute_gflops * 1e3));
+}
+
+Costs all_to_all_costs(const LayerLoad& load, const MachineFigures& figures) {
+    const double ranks = load.num_ranks;
+    const auto tokens = static_cast<double>(load.max_tokens);
+    const auto row = static_cast<double>(load.hidden_size * load.element_bytes);
+    const double visited = 1.0 - std::pow(1.0 - 1.0 / ranks, load.top_k);
+    const double remote_routes = load.top_k * (ranks - 1.0) / ranks;
+    return {us_of_bytes(tokens * (ranks - 1.0) * visited * row, figures.link_gbps),
+            us_of_bytes(tokens * remote_routes * row, figures.link_gbps),
+            compute_us(load, figures)};
+}
+
+Costs all_gather_costs(const LayerLoad& load, const MachineFigures& figures) {
+    const double bytes =
+        static_cast<double>(load.max_tokens * load.hidden_size * load.element_bytes) *
+        (load.num_ranks - 1);
+    return {us_of_bytes(bytes, figures.link_gbps),
+            us_of_bytes(bytes * load.top_k, figures.link_gbps), compute_us(load, figures)};
+}
+
+/// The first arrival and the last departure stand alone; between them the longer of computation and
+/// communication counts. Two collectives agree on routes, and each group adds two.
+double all_to_all_us(const Costs& costs, const MachineFigures& figures, int num_groups) {
+    const double both_ways = costs.dispatch + costs.back;
+    const double ends = both_ways / num_groups;
+    const double inner_share = 1.0 - 1.0 / num_groups;
+    return figures.host_wait_us + figures.link_latency_us * (2.0 + 2.0 * num_groups) + ends +
+           std::max(costs.compute, costs.compute / num_groups + both_ways * inner_share);
+}
+
+double all_gather_us(const Costs& costs, const MachineFigures& figures) {
+    return 3.0 * figures.link_latency_us + costs.dispatch + costs.compute + costs.back;
+}
+
+std::string groups_text(int num_groups) {
+    return concat(num_groups, num_groups == 1 ? " group" : " groups");
+}
+
+}  // namespace
+
+ScheduleChoice choose_schedule(const LayerLoad& load, const MachineFigures& figures,
+                               Schedule schedule, int num_groups) {
+    const Costs costs = all_to_all_costs(load, figures);
+    ScheduleChoice best;
+    std::string compared;
+    const auto consider = [&](Schedule candidate, int groups, double us) {
+        compared += concat(compared.empty() ? "" : ", ",
+                           candidate == Schedule::kAllGather
+                               ? std::string("all-gather")
+                               : concat("all-to-all in ", groups_text(groups)),
+                           " ", rounded(us), " us");
+        if (best.predicted_us == 0.0 || us < best.predicted_us) best = {candidate, groups, us, ""};
+    };
+    if (schedule != Schedule::kAllGather)
+        for (const int groups : {1, 2, 4})
+            if (num_groups == 0 || groups == 1) {
+                const int wanted = num_groups == 0 ? groups : num_groups;
+                consider(Schedule::kAllToAll, wanted, all_to_all_us(costs, figures, wanted));
+            }
+    if (schedule != Schedule::kAllToAll)
+        consider(Schedule::kAllGather, 1, all_gather_us(all_gather_costs(load, figures), figures));
+    best.reason = concat(best.schedule == Schedule::kAllGather
+                             ? std::string("all-gather")
+                             : concat("all-to-all in ", groups_text(best.num_groups)),
+                         ": predicted ", compared, "; dispatch ", rounded(costs.dispatch),
+                         ", experts ", rounded(costs.compute), ", return ", rounded(costs.back),
+                         " us at ", rounded(figures.link_gbps), " GB/s and ",
+                         rounded(figures.link_latency_us), " us a call");
+    return best;
+}
+
+}  // namespace moecore

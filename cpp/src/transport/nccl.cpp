@@ -1,0 +1,215 @@
+#include <chrono>
+#include <cstring>
+#include <mutex>
+#include <thread>
+
+#include "moecore/buffer.hpp"
+#include "moecore/error.hpp"
+#include "moecore/workspace.hpp"
+#include "transport/nccl_library.hpp"
+#include "transport/stream_wait.hpp"
+
+namespace moecore {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+/// A rank on a GPU of its own, over a nonblocking communicator: no call into NCCL waits for a peer
+/// without the deadline. On expiry the communicator is aborted, which ends its kernels, so that the
+/// stream and the process live on.
+class NcclTransport : public Transport {
+public:
+    NcclTransport(NcclOptions options)
+        : nccl_(nccl_library(options.library_paths)),
+          rank_(options.rank),
+          size_(options.size),
+          device_(options.device),
+          hosts_(std::move(options.hosts)),
+          side_(options.device.index),
+          staging_(options.device, 0) {
+        const cuda::DeviceScope scope(device_.index);
+        NcclUniqueId id;
+        std::memcpy(id.bytes, options.unique_id.data(), sizeof id.bytes);
+        NcclConfig config;
+        nccl_.check(nccl_.comm_init_rank_config(&comm_, size_, id, rank_, &config),
+                    "ncclCommInitRankConfig");
+        wait_until_ready("connect", options.connect_deadline);
+    }
+
+    ~NcclTransport() override {
+        const std::lock_guard lock(mutex_);
+        // A graceful end would wait for peers that may be gone.
+        if (comm_ != nullptr) nccl_.comm_abort(comm_);
+    }
+
+    int rank() const override { return rank_; }
+    int size() const override { return size_; }
+    const char* kind() const override { return "nccl"; }
+    Device device() const override { return device_; }
+
+    void all_gather(const char* phase, const void* mine, void* all, size_t bytes) override {
+        if (hosts_ != nullptr) {
+            hosts_->set_deadline(deadline());
+            return hosts_->all_gather(phase, mine, all, bytes);
+        }
+        const cuda::DeviceScope scope(device_.index);
+        const auto ranks = static_cast<size_t>(size_);
+        const size_t padded = (bytes + 255) / 256 * 256;  // both parts aligned
+        staging_.grow(padded * (ranks + 1));
+        char* device_memory =
+            staging_.take(DType::kInt32, {static_cast<int64_t>(padded * (ranks + 1) / 4)})
+                .as<char>();
+        char* host = static_cast<char*>(pinned_.reserve(bytes * ranks + bytes));
+        std::memcpy(host, mine, bytes);
+        cuda::copy(device_memory, host, bytes, side_.get());
+        all_gather_rows(phase, device_memory, device_memory + padded, bytes, side_.get());
+        cuda::copy(host + bytes, device_memory + padded, bytes * ranks, side_.get());
+        synchronize(phase, side_.get());
+        std::memcpy(all, host + bytes, bytes * ranks);
+    }
+
+    void all_gather_rows(const char* phase, const void* mine, void* all, size_t bytes,
+                         Stream stream) override {
+        const cuda::DeviceScope scope(device_.index);
+        enqueue(phase, "ncclAllGather", [&] {
+            return nccl_.all_gather(mine, all, bytes, kNcclUint8, comm_, stream.handle);
+        });
+    }
+
+    void all_to_all_v(const char* phase, const RowsToSend& send, const RowsToReceive& recv,
+                      size_t row_bytes, Stream stream) override {
+        const cuda::DeviceScope scope(device_.index);
+        const char* source = static_cast<const char*>(send.data);
+        char* target = static_cast<char*>(recv.data);
+        enqueue(phase, "ncclSend and ncclRecv", [&] {
+            int status = nccl_.group_start();
+            for (int r = 0; r < size_; ++r) {
+                const auto i = static_cast<size_t>(r);
+                const size_t out = static_cast<size_t>(send.counts[i]) * row_bytes;
+                const size_t in = static_cast<size_t>(recv.counts[i]) * row_bytes;
+                if (r == rank_) {
+                    cuda::copy(target, source, in, stream);
+                } else {
+                    if (out > 0 && status == kNcclSuccess)
+                        status = nccl_.send(source, out, kNcclUint8, r, comm_, stream.handle);
+                    if (in > 0 && status == kNcclSuccess)
+                        status = nccl_.recv(target, in, kNcclUint8, r, comm_, stream.handle);
+                }
+                source += out;
+                target += in;
+            }
+            const int ended = nccl_.group_end();
+            return status == kNcclSuccess ? ended : status;
+        });
+    }
+
+    void synchronize(const char* phase, Stream stream) override {
+        try {
+            wait_for_stream(*this, device_, phase, stream, [&] { check_health(phase); });
+        } catch (const TransportError& error) {
+            end(error.what());
+            throw;
+        }
+    }
+
+    void abort(const std::string& reason) noexcept override {
+        if (hosts_ != nullptr) hosts_->abort(reason);
+        end(concat("rank ", rank_, " has failed: ", reason));
+    }
+
+private:
+    /// Runs a call that puts work on a stream, and waits until NCCL has taken it.
+    template <typename Fn>
+    void enqueue(const char* phase, const char* what, Fn&& fn) {
+        throw_if_ended(phase);
+        nccl_.check(fn(), what);
+        wait_until_ready(phase, deadline());
+    }
+
+    void wait_until_ready(const char* phase, double deadline_s) {
+        const Clock::time_point start = Clock::now();
+        for (;;) {
+            throw_if_ended(phase);
+            int status = kNcclSuccess;
+            nccl_.check(nccl_.comm_get_async_error(comm_, &status), "ncclCommGetAsyncError");
+            if (status == kNcclSuccess) return;
+            if (status != kNcclInProgress) fail(phase, nccl_.get_error_string(status));
+            if (seconds_since(start) > deadline_s)
+                fail(phase, concat("no answer within the deadline of ", deadline_s, " s"));
+            std::this_thread::yield();
+        }
+    }
+
+    /// While a stream is late: throws if NCCL or the host group has failed.
+    void check_health(const char* phase) {
+        throw_if_ended(phase);
+        int status = kNcclSuccess;
+        nccl_.check(nccl_.comm_get_async_error(comm_, &status), "ncclCommGetAsyncError");
+        if (status != kNcclSuccess && status != kNcclInProgress)
+            fail(phase, nccl_.get_error_string(status));
+        if (hosts_ != nullptr) hosts_->check(phase);
+    }
+
+    void throw_if_ended(const char* phase) {
+        const std::lock_guard lock(mutex_);
+        if (!reason_.empty()) throw TransportError(-1, phase, reason_);
+    }
+
+    [[noreturn]] void fail(const char* phase, const std::string& what) {
+        const std::string message =
+            concat("rank ", rank_, " lost its peers in phase '", phase, "': NCCL says ", what,
+                   ". Look for the rank that stopped; every rank needs a new transport.");
+        end(message);
+        throw TransportError(-1, phase, message);
+    }
+
+    /// Aborts the communicator; the first reason stays.
+    void end(const std::string& reason) noexcept {
+        const std::lock_guard lock(mutex_);
+        if (!reason_.empty()) return;
+        reason_ = reason;
+        if (comm_ != nullptr) nccl_.comm_abort(comm_);
+        comm_ = nullptr;
+    }
+
+    const NcclLibrary& nccl_;
+    int rank_, size_;
+    Device device_;
+    std::unique_ptr<Transport> hosts_;
+    NcclComm* comm_ = nullptr;
+    cuda::OwnedStream side_;     ///< of all_gather
+    cuda::PinnedBuffer pinned_;  ///<
+    Workspace staging_;          ///<
+    std::mutex mutex_;           ///< of reason_, and of the end of comm_
+    std::string reason_;
+};
+
+}  // namespace
+
+std::string nccl_unique_id(const std::vector<std::string>& library_paths) {
+    const NcclLibrary& nccl = nccl_library(library_paths);
+    NcclUniqueId id;
+    nccl.check(nccl.get_unique_id(&id), "ncclGetUniqueId");
+    return {id.bytes, sizeof id.bytes};
+}
+
+std::unique_ptr<Transport> make_nccl_transport(NcclOptions options) {
+    require(options.unique_id.size() == sizeof(NcclUniqueId),
+            "make_nccl_transport: unique_id must have 128 bytes, got ", options.unique_id.size());
+    require(options.size >= 1, "make_nccl_transport: size must be >= 1, got ", options.size);
+    require(options.rank >= 0 && options.rank < options.size,
+            "make_nccl_transport: rank must be in [0, size), got ", options.rank, " with size ",
+            options.size);
+    require(options.device.type == DeviceType::kCuda,
+            "make_nccl_transport: device must be a GPU, got ", to_string(options.device));
+    require(options.hosts == nullptr ||
+                (options.hosts->rank() == options.rank && options.hosts->size() == options.size),
+            "make_nccl_transport: hosts must have the same rank and size");
+    return std::make_unique<NcclTransport>(std::move(options));
+}
+
+}  // namespace moecore

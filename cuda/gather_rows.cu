@@ -1,0 +1,52 @@
+// Rows of a matrix by their index: what is sent to another rank, side by side.
+//
+//   reads   M * K * sizeof(element) bytes of input, M indices
+//   writes  M * K * sizeof(element) bytes of output
+//
+// One block copies 4 KiB of one row, a thread 16 bytes at a time (one element where alignment
+// forbids). Needs sm_80.
+
+#include <cstdint>
+
+#include "common/launch.cuh"
+#include "moecore/kernels/gather_rows.hpp"
+
+namespace moecore::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kBytesPerBlock = 4096;
+
+template <typename Word>
+__global__ void __launch_bounds__(kThreads)
+    gather_rows_kernel(const __grid_constant__ GatherRowsArgs args) {
+    const int64_t i = blockIdx.x;
+    const int64_t row = args.index[i];
+    if (row < 0 || row >= args.num_inputs) return;
+    const char* source = static_cast<const char*>(args.input) + row * args.input_stride;
+    char* target = static_cast<char*>(args.output) + i * args.output_stride;
+    const int64_t begin = int64_t{blockIdx.y} * kBytesPerBlock;
+    const int64_t end = min(begin + kBytesPerBlock, args.row_bytes);
+#pragma unroll 2
+    for (int64_t at = begin + threadIdx.x * int64_t{sizeof(Word)}; at < end;
+         at += kThreads * int64_t{sizeof(Word)})
+        *reinterpret_cast<Word*>(target + at) = *reinterpret_cast<const Word*>(source + at);
+}
+
+}  // namespace
+
+void gather_rows(const GatherRowsArgs& args, Stream stream) {
+    if (args.num_outputs == 0) return;  // a grid of 0 blocks is a launch error
+    const auto alignment =
+        reinterpret_cast<uintptr_t>(args.input) | reinterpret_cast<uintptr_t>(args.output) |
+        static_cast<uintptr_t>(args.row_bytes) | static_cast<uintptr_t>(args.input_stride) |
+        static_cast<uintptr_t>(args.output_stride);
+    const auto kernel =
+        alignment % sizeof(uint4) == 0 ? gather_rows_kernel<uint4> : gather_rows_kernel<uint16_t>;
+    const dim3 grid(static_cast<unsigned>(args.num_outputs),
+                    static_cast<unsigned>(ceil_div(args.row_bytes, kBytesPerBlock)));
+    kernel<<<grid, kThreads, 0, native(stream)>>>(args);
+    check(cudaPeekAtLastError(), "gather_rows launch");
+}
+
+}  // namespace moecore::cuda

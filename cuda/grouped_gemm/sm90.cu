@@ -1,0 +1,147 @@
+// Grouped GEMM for Hopper: wgmma, weights by the copy engine, rows gathered on the way in.
+//
+//   reads   N * K weights of every group with rows (again for each further tile of its rows, then
+//           mostly from L2), R * K input elements for every tile of weight rows, mostly from L2
+//   writes  R * N (gated: R * N / 2) elements
+//
+// Persistent blocks walk tiles of weight rows x rows. Weights are the first operand of wgmma and
+// rows the second, so a tile has any multiple of 8 or 16 rows, and one kernel serves decode and
+// prefill. Every output is one accumulator that runs through K in order: its bits depend on neither
+// tile nor batch. Needs sm_90a.
+
+#include "grouped_gemm/sm90.hpp"
+
+#include <cudaTypedefs.h>
+
+#include <array>
+#include <bit>
+
+#include "grouped_gemm/sm90_kernel.cuh"
+
+namespace moecore::cuda::sm90 {
+namespace {
+
+using Narrow = TileShape<2, 1, 64, 8, 4, 2>;
+using Wide = TileShape<2, 2, 192, 16, 1, 1>;
+
+/// The driver's cuTensorMapEncodeTiled, found through the runtime: nothing links to the driver.
+PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                           cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+    if (found != cudaDriverEntryPointSuccess || function == nullptr)
+        throw CudaError("grouped_gemm: the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+}
+
+/// Weights as {K, 8 rows, halves or eights, eights, groups}. Gated: eight rows of gate and the same
+/// eight of up take turns, whatever their order in memory, so that both sums of a feature reach one
+/// thread.
+CUtensorMap map_weights(const GroupedGemmArgs& args, int weight_rows) {
+    const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+    const bool gated = is_gated(args.config.activation);
+    const bool is_interleaved = args.config.gate_order == GateOrder::kInterleaved;
+    const int64_t row = args.n_stride * 2;  // bytes
+    const int64_t features = args.n / 2;
+    const std::array<cuuint64_t, 5> sizes = {
+        size(args.k_dim), 8, size(gated ? 2 : args.n / 8), size(gated ? features / 8 : 1),
+        size(args.num_groups)};
+    const int64_t feature = gated && is_interleaved ? 2 * row : row;
+    const int64_t half = is_interleaved ? row : features * row;
+    const int64_t group = args.num_groups > 1 ? args.group_stride * 2 : args.n * row;
+    const std::array<cuuint64_t, 4> strides = {size(feature), size(gated ? half : 8 * row),
+                                               size(8 * feature), size(group)};
+    const auto eights = static_cast<cuuint32_t>(weight_rows / 8);
+    const std::array<cuuint32_t, 5> box = {BLOCK_K, 8, gated ? 2 : eights, gated ? eights / 2 : 1,
+                                           1};
+    const std::array<cuuint32_t, 5> steps = {1, 1, 1, 1, 1};
+    static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
+    CUtensorMap map{};
+    const CUresult result = encode(
+        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, sizes.size(), const_cast<void*>(args.weights),
+        sizes.data(), strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS)
+        throw CudaError(concat("grouped_gemm: cuTensorMapEncodeTiled failed with error ",
+                               static_cast<int>(result), " for weights [", args.num_groups, ", ",
+                               args.n, ", ", args.k_dim, "]"));
+    return map;
+}
+
+bool is_multiple_of_16(const void* pointer) { return std::bit_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <Activation kActivation, typename Shape>
+void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream) {
+    Params params{};
+    params.args = args;
+    params.num_stages = config.num_stages;
+    params.stage_bytes = Shape::kWeightBytes + config.max_tokens * kRowBytes;
+    params.num_k_blocks = static_cast<int>(ceil_div(args.k_dim, BLOCK_K));
+    params.is_output_aligned = is_multiple_of_16(args.output) && args.output_stride % 8 == 0;
+    params.grid.expert_offsets = args.expert_offsets;
+    params.grid.num_groups = args.num_groups;
+    params.grid.num_rows = static_cast<int>(args.num_rows);
+    params.grid.max_tokens = config.max_tokens;
+    params.grid.num_weight_tiles = static_cast<int>(ceil_div(args.n, Shape::kWeightRows));
+
+    int device = 0, num_multiprocessors = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device),
+          "cudaDeviceGetAttribute");
+    const auto kernel = grouped_gemm_kernel<kActivation, Shape>;
+    const int shared_bytes = params.num_stages * params.stage_bytes + kRingAlignment;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          "cudaFuncSetAttribute");
+    // Every group that has rows can end in one tile that is not full.
+    const int64_t most_tiles = (args.num_rows / config.max_tokens +
+                                std::min<int64_t>(args.num_rows, args.num_groups)) *
+                               params.grid.num_weight_tiles;
+    const int64_t blocks =
+        std::min<int64_t>(most_tiles, num_multiprocessors * Shape::kResidentBlocks);
+    launch_dependent("grouped_gemm", kernel, dim3(static_cast<unsigned>(blocks)),
+                     dim3(Shape::kThreads), static_cast<size_t>(shared_bytes), stream, params,
+                     map_weights(args, Shape::kWeightRows));
+}
+
+template <typename Shape>
+void launch_shape(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream) {
+    switch (args.config.activation) {
+        case Activation::kNone:
+            return launch<Activation::kNone, Shape>(args, config, stream);
+        case Activation::kSwiglu:
+            return launch<Activation::kSwiglu, Shape>(args, config, stream);
+        case Activation::kClampedSwiglu:
+            return launch<Activation::kClampedSwiglu, Shape>(args, config, stream);
+        case Activation::kGeluTanh:
+            return launch<Activation::kGeluTanh, Shape>(args, config, stream);
+    }
+}
+
+}  // namespace
+
+const char* why_not(const GroupedGemmArgs& args) {
+    constexpr int64_t kMostRows = int64_t{1} << 31;
+    if (args.dtype != DType::kBFloat16) return "input and weights are not bfloat16";
+    if (args.k_stride != 1) return "K is not the contiguous dimension of weights";
+    if (args.k_dim % 8 != 0) return "K is not a multiple of 8";
+    if (args.n % (is_gated(args.config.activation) ? 16 : 8) != 0)
+        return "the output's width is not a multiple of 8";
+    if (!is_multiple_of_16(args.weights) || !is_multiple_of_16(args.input))
+        return "the address of input or weights is not a multiple of 16";
+    if (args.n_stride % 8 != 0 || args.group_stride % 8 != 0 || args.input_stride % 8 != 0)
+        return "a stride of input or weights is not a multiple of 8 elements";
+    if (args.num_rows >= kMostRows || args.num_input_rows >= kMostRows || args.n >= kMostRows ||
+        args.k_dim >= kMostRows / 2 || args.input_stride >= kMostRows / 2)
+        return "a size is 2^30 or more";
+    return nullptr;
+}
+
+void grouped_gemm(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream) {
+    if (config.kernel == GemmKernel::kWide) return launch_shape<Wide>(args, config, stream);
+    return launch_shape<Narrow>(args, config, stream);
+}
+
+}  // namespace moecore::cuda::sm90

@@ -1,0 +1,201 @@
+#pragma once
+
+// From a tile's sums to output: bias, activation, rounding, and whole 16-byte stores of the rows
+// that exist. Weights are the first operand, so sums come transposed: a thread holds one or two
+// features of many rows.
+
+#include <cuda_bf16.h>
+
+#include "grouped_gemm/sm90_stages.cuh"
+
+namespace moecore::cuda::sm90 {
+
+/// x * sigmoid(scale * x), for a result that rounds to a few units of float32.
+__device__ inline float times_sigmoid(float x, float scale) {
+    constexpr float kLog2e = 1.4426950408889634f;
+    const float power = ptx::fast_exp2(x * (-kLog2e * scale));
+    return x * ptx::fast_reciprocal(1.0f + power);
+}
+
+/// The activations as functors of gate and up.
+template <Activation kActivation>
+struct Epilogue;
+
+template <>
+struct Epilogue<Activation::kSwiglu> {
+    __device__ explicit Epilogue(const GroupedGemmConfig&) {}
+    __device__ float operator()(float gate, float up) const {
+        return times_sigmoid(gate, 1.0f) * up;
+    }
+};
+
+template <>
+struct Epilogue<Activation::kClampedSwiglu> {
+    __device__ explicit Epilogue(const GroupedGemmConfig& config) : config(config) {}
+    /// NaN passes through both clamps.
+    __device__ float operator()(float gate, float up) const {
+        gate = config.limit < gate ? config.limit : gate;
+        up = config.limit < up ? config.limit : up;
+        up = up < -config.limit ? -config.limit : up;
+        return times_sigmoid(gate, config.alpha) * (up + config.up_offset);
+    }
+    const GroupedGemmConfig& config;
+};
+
+template <>
+struct Epilogue<Activation::kGeluTanh> {
+    __device__ explicit Epilogue(const GroupedGemmConfig&) {}
+    /// 0.5 * g * (1 + tanh(z)) is g * sigmoid(2 z), z = sqrt(2 / pi) * (g + 0.044715 g^3).
+    __device__ float operator()(float gate, float up) const {
+        const float inner = fmaf(0.044715f * gate * gate, 1.5957691216057308f, 1.5957691216057308f);
+        return times_sigmoid(gate, inner) * up;
+    }
+};
+
+/// Where a thread's sums belong.
+template <bool kIsGated, typename Shape>
+struct Place {
+    static constexpr int kColumns = (kIsGated ? 32 : 64) * Shape::kBlocks;  ///< of a warpgroup
+
+    __device__ Place(const Tile& tile, int consumer)
+        : warp(threadIdx.x / kWarpSize % 4),
+          lane(threadIdx.x % kWarpSize),
+          first_column((tile.weight_tile * Shape::kConsumers + consumer) * kColumns) {}
+
+    /// The output column that sums of block `block` and half `half` (rows 0 to 7 of a warp's 16
+    /// weight rows, or 8 to 15) go to. Both halves of a gated tile make one column.
+    __device__ int column(int block, int half) const {
+        return first_column + (kIsGated ? block * 32 + warp * 8 : block * 64 + warp * 16 + half * 8) +
+               lane / 4;
+    }
+
+    int warp, lane;
+    int first_column;
+};
+
+template <bool kIsGated, typename Shape>
+__device__ void load_bias(const GroupedGemmArgs& args, const Tile& tile,
+                          const Place<kIsGated, Shape>& place, float (&bias)[Shape::kBlocks][2]) {
+#pragma unroll
+    for (int block = 0; block < Shape::kBlocks; ++block) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int column = place.column(block, half);
+            const int features = static_cast<int>(args.n / 2);
+            int64_t row = column;
+            if (kIsGated)
+                row = args.config.gate_order == GateOrder::kInterleaved ? 2 * column + half
+                                                                        : column + half * features;
+            bias[block][half] = 0.0f;
+            if (args.bias == nullptr || column >= (kIsGated ? features : args.n)) continue;
+            const int64_t offset = tile.group * args.bias_stride + row;
+            bias[block][half] =
+                args.bias_dtype == DType::kBFloat16
+                    ? __bfloat162float(static_cast<const __nv_bfloat16*>(args.bias)[offset])
+                    : static_cast<const float*>(args.bias)[offset];
+        }
+    }
+}
+
+__device__ inline uint32_t to_bfloat16_pair(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+/// Rounds to bfloat16 and stores through `staging`, memory of this warpgroup alone: 128 bytes for
+/// each of its kBlocks * 64 weight rows. Its two halves take turns, so that a warp may fill one
+/// while another still reads the other.
+template <bool kIsGated, typename Shape, typename Value>
+__device__ void store_bfloat16(const Params& params, const Tile& tile,
+                               const Place<kIsGated, Shape>& place, uint32_t staging, int consumer,
+                               Value&& value) {
+    constexpr int kColumns = Place<kIsGated, Shape>::kColumns;
+    constexpr int kPieces = kColumns / 8;  // of 16 bytes, in a row
+    constexpr int kRound = kIsGated ? 64 : 32;
+    constexpr int kRounds = ceil_div(Shape::kMaxTokens, kRound);
+    constexpr int kHalfBytes = Shape::kBlocks * 64 * kRowBytes / 2;
+    static_assert(kRound * kColumns * 2 == kHalfBytes);
+    // 16 bytes of eight neighbouring rows lie in different banks.
+    const auto piece_address = [&](int half, int row, int piece) {
+        const int swizzled = piece ^ (kPieces >= 8 ? row % 8 : row / 2 % 4);
+        return staging + half * kHalfBytes + (row * kPieces + swizzled) * 16;
+    };
+    const GroupedGemmArgs& args = params.args;
+    const int num_columns = static_cast<int>(kIsGated ? args.n / 2 : args.n);
+    const int thread = threadIdx.x % kGroupThreads;
+
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+        if (round * kRound >= tile.num_rows) break;
+        // 1. Fill one half: 32 rows at a time, eight columns of each.
+#pragma unroll
+        for (int part = 0; part < kRound / 32; ++part) {
+            const int row = round * kRound + part * 32;
+            if (row >= tile.num_rows) break;
+#pragma unroll
+            for (int block = 0; block < Shape::kBlocks; ++block) {
+#pragma unroll
+                for (int half = 0; half < (kIsGated ? 1 : 2); ++half) {
+                    uint32_t fragment[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        fragment[i] = to_bfloat16_pair(value(block, half, row / 8 + i, 0),
+                                                       value(block, half, row / 8 + i, 1));
+                    const int piece = kIsGated ? block * 4 + place.warp
+                                               : block * 8 + place.warp * 2 + half;
+                    ptx::store_transposed(piece_address(round % 2, part * 32 + place.lane, piece),
+                                          fragment);
+                }
+            }
+        }
+        ptx::named_barrier(1 + consumer, kGroupThreads);  // the half is full
+
+        // 2. Store it, 16 bytes a thread.
+#pragma unroll 2
+        for (int i = 0; i < kRound * kPieces / kGroupThreads; ++i) {
+            const int row = (i * kGroupThreads + thread) / kPieces;
+            const int piece = thread % kPieces;
+            const int column = place.first_column + piece * 8;
+            const int tile_row = round * kRound + row;
+            if (tile_row >= tile.num_rows || column >= num_columns) continue;
+            const uint4 data = ptx::load_shared(piece_address(round % 2, row, piece));
+            __nv_bfloat16* target = static_cast<__nv_bfloat16*>(args.output) +
+                                    (tile.first_row + tile_row) * args.output_stride + column;
+            if (params.is_output_aligned) {
+                *reinterpret_cast<uint4*>(target) = data;
+            } else {
+                const auto* elements = reinterpret_cast<const __nv_bfloat16*>(&data);
+#pragma unroll
+                for (int e = 0; e < 8; ++e) target[e] = elements[e];
+            }
+        }
+    }
+}
+
+/// Stores float32 sums as they are: eight lanes make 32 neighbouring bytes.
+template <bool kIsGated, typename Shape, typename Value>
+__device__ void store_float32(const GroupedGemmArgs& args, const Tile& tile,
+                              const Place<kIsGated, Shape>& place, Value&& value) {
+    const int num_columns = static_cast<int>(kIsGated ? args.n / 2 : args.n);
+#pragma unroll
+    for (int eight = 0; eight < Shape::kMaxTokens / 8; ++eight) {
+        if (eight * 8 >= tile.num_rows) break;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = eight * 8 + place.lane % 4 * 2 + i;
+            if (row >= tile.num_rows) continue;
+            float* target =
+                static_cast<float*>(args.output) + (tile.first_row + row) * args.output_stride;
+#pragma unroll
+            for (int block = 0; block < Shape::kBlocks; ++block) {
+#pragma unroll
+                for (int half = 0; half < (kIsGated ? 1 : 2); ++half) {
+                    const int column = place.column(block, half);
+                    if (column < num_columns) target[column] = value(block, half, eight, i);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace moecore::cuda::sm90

@@ -1,0 +1,91 @@
+#pragma once
+
+// What producers and consumers of an sm_90a block share: the shape of its tiles, and the ring of
+// stages in shared memory through which K blocks travel.
+
+#include <cstdint>
+
+#include "common/ptx_sm90.cuh"
+#include "grouped_gemm/tile_walker.cuh"
+#include "moecore/kernels/grouped_gemm.hpp"
+
+namespace moecore::cuda::sm90 {
+
+constexpr int kWarpSize = 32;
+constexpr int kGroupThreads = 128;            ///< a warpgroup
+constexpr int BLOCK_K = 64;                   ///< of one stage
+constexpr int kRowBytes = 2 * BLOCK_K;        ///< of a stage: 128 bytes, the width of the swizzle
+constexpr int kGatherThreads = 3 * kWarpSize;  ///< of the producers; the fourth warp loads weights
+constexpr int kMaxStages = 12;
+constexpr int kRingAlignment = 1024;  ///< of the swizzle
+
+/// A tile's shape: kConsumers warpgroups, each with kBlocks times 64 weight rows, times up to
+/// kMaxTokens rows in multiples of kRowStep.
+template <int kConsumers_, int kBlocks_, int kMaxTokens_, int kRowStep_, int kGroupsPerLane_,
+          int kResidentBlocks_>
+struct TileShape {
+    static constexpr int kConsumers = kConsumers_;
+    static constexpr int kBlocks = kBlocks_;
+    static constexpr int kMaxTokens = kMaxTokens_;
+    static constexpr int kRowStep = kRowStep_;
+    static constexpr int kGroupsPerLane = kGroupsPerLane_;    ///< of a TileWalker
+    static constexpr int kResidentBlocks = kResidentBlocks_;  ///< on one multiprocessor
+    static constexpr int kWeightRows = 64 * kBlocks * kConsumers;
+    static constexpr int kWeightBytes = kWeightRows * kRowBytes;  ///< of one stage
+    static constexpr int kThreads = kGroupThreads * (kConsumers + 1);
+    using Walker = TileWalker<kGroupsPerLane, kRowStep>;
+};
+
+struct Params {
+    GroupedGemmArgs args;
+    TileGrid grid;
+    int num_stages;
+    int stage_bytes;  ///< kWeightBytes, then max_tokens rows of input
+    int num_k_blocks;
+    bool is_output_aligned;  ///< rows of output take 16-byte stores
+};
+
+/// Barriers and tiles of the stages.
+struct RingState {
+    uint64_t full[kMaxStages];   ///< data has arrived: one arrival of weights, one a gather thread
+    uint64_t empty[kMaxStages];  ///< data is used: one arrival a consumer warp
+    Tile tile[kMaxStages];       ///< of a stage that begins a tile
+};
+
+/// A place in the ring, and the parity of its next phase.
+class Stage {
+public:
+    __device__ Stage(const Params& params, uint32_t ring, RingState& state)
+        : params_(params), ring_(ring), state_(state) {}
+
+    __device__ void advance() {
+        if (++index_ == params_.num_stages) {
+            index_ = 0;
+            parity_ ^= 1u;
+        }
+    }
+    __device__ void step_back() {
+        if (index_ == 0) {
+            index_ = params_.num_stages;
+            parity_ ^= 1u;
+        }
+        --index_;
+    }
+    __device__ int index() const { return index_; }
+    __device__ uint32_t weights() const { return ring_ + index_ * params_.stage_bytes; }
+    __device__ Tile& tile() const { return state_.tile[index_]; }
+    __device__ uint32_t full() const { return ptx::shared_address(&state_.full[index_]); }
+    __device__ uint32_t empty(int index) const { return ptx::shared_address(&state_.empty[index]); }
+    __device__ void wait_full() const { ptx::barrier_wait(full(), parity_); }
+    /// Producers: the first pass through the ring finds it empty.
+    __device__ void wait_empty() const { ptx::barrier_wait(empty(index_), parity_ ^ 1u); }
+
+private:
+    const Params& params_;
+    uint32_t ring_;
+    RingState& state_;
+    int index_ = 0;
+    uint32_t parity_ = 0;
+};
+
+}  // namespace moecore::cuda::sm90

@@ -1,0 +1,132 @@
+#pragma once
+
+// Which tile is the n-th: found on the device from expert_offsets, whose values no host has seen.
+
+#include <cstdint>
+
+#include "common/launch.cuh"
+
+namespace moecore::cuda::sm90 {
+
+/// What a block computes at a time: `num_rows` rows of one group from `first_row` on, times one
+/// tile of weight rows.
+struct Tile {
+    int group;  ///< -1: there are no more tiles
+    int first_row;
+    int num_rows;
+    int weight_tile;
+};
+
+/// What every tile of a launch has in common.
+struct TileGrid {
+    const int64_t* expert_offsets;  ///< [G + 1], or nullptr with G = 1: rows 0 .. num_rows - 1
+    int num_groups;
+    int num_rows;    ///< offsets are kept within it
+    int max_tokens;  ///< rows of the largest tile
+    int num_weight_tiles;
+};
+
+/// Tiles are counted group by group. Within a group 16 row tiles share each weight tile before the
+/// next one's turn, so that blocks which run at the same time read the same memory. A group's rows
+/// are split evenly among its tiles, in multiples of kRowStep.
+///
+/// Held by a warp: lane l knows kGroupsPerLane neighbouring groups of the current batch of
+/// 32 * kGroupsPerLane groups.
+template <int kGroupsPerLane, int kRowStep>
+class TileWalker {
+public:
+    __device__ explicit TileWalker(const TileGrid& grid) : grid_(grid) { load_batch(); }
+
+    /// Finds tile `index`. All lanes call with the same index, not below that of the call before.
+    /// Returns false, and a tile whose group is -1, if there are fewer tiles.
+    __device__ bool find(int index, Tile& tile) {
+        while (index >= batch_first_ + batch_tiles_) {
+            batch_first_ += batch_tiles_;
+            batch_group_ += kLanes * kGroupsPerLane;
+            if (batch_group_ >= grid_.num_groups) {
+                tile.group = -1;
+                batch_tiles_ = 0;
+                return false;
+            }
+            load_batch();
+        }
+        // 1. The lane that knows the tile's group looks it up.
+        int within = index - batch_first_ - lane_first_;
+        const unsigned owners = __ballot_sync(kAllLanes, within >= 0 && within < lane_tiles_);
+        const int owner = __ffs(owners) - 1;
+        int group = batch_group_ + lane() * kGroupsPerLane;
+        int first = boundary_[0], rows = boundary_[1] - boundary_[0];
+#pragma unroll
+        for (int i = 1; i < kGroupsPerLane; ++i) {
+            const int skipped = num_tiles(rows);
+            if (within >= skipped && group + 1 == batch_group_ + lane() * kGroupsPerLane + i) {
+                within -= skipped;
+                ++group;
+                first = boundary_[i];
+                rows = boundary_[i + 1] - boundary_[i];
+            }
+        }
+        group = __shfl_sync(kAllLanes, group, owner);
+        first = __shfl_sync(kAllLanes, first, owner);
+        rows = __shfl_sync(kAllLanes, rows, owner);
+        within = __shfl_sync(kAllLanes, within, owner);
+
+        // 2. Its place within the group.
+        const int row_tiles = ceil_div(rows, grid_.max_tokens);
+        const int sharing = kSharing * grid_.num_weight_tiles;
+        const int first_row_tile = within / sharing * kSharing;
+        const int width = min(kSharing, row_tiles - first_row_tile);
+        const int rest = within % sharing;
+        const int step = ceil_div(ceil_div(rows, row_tiles), kRowStep) * kRowStep;
+        const int skipped_rows = (first_row_tile + rest % width) * step;
+        tile.group = group;
+        tile.first_row = first + skipped_rows;
+        tile.num_rows = min(step, rows - skipped_rows);
+        tile.weight_tile = rest / width;
+        return true;
+    }
+
+private:
+    static constexpr int kLanes = 32;
+    static constexpr unsigned kAllLanes = 0xffffffffu;
+    static constexpr int kSharing = 16;
+
+    __device__ static int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
+
+    /// Of a group with that many rows. A decreasing offset makes an empty group.
+    __device__ int num_tiles(int rows) const {
+        return ceil_div(max(rows, 0), grid_.max_tokens) * grid_.num_weight_tiles;
+    }
+
+    __device__ int boundary(int group) const {
+        if (grid_.expert_offsets == nullptr) return group == 0 ? 0 : grid_.num_rows;
+        const int64_t offset = grid_.expert_offsets[min(group, grid_.num_groups)];
+        return static_cast<int>(min(max(offset, int64_t{0}), int64_t{grid_.num_rows}));
+    }
+
+    __device__ void load_batch() {
+        const int first = batch_group_ + lane() * kGroupsPerLane;
+        lane_tiles_ = 0;
+#pragma unroll
+        for (int i = 0; i <= kGroupsPerLane; ++i) boundary_[i] = boundary(first + i);
+#pragma unroll
+        for (int i = 0; i < kGroupsPerLane; ++i)
+            lane_tiles_ += num_tiles(boundary_[i + 1] - boundary_[i]);
+        int sum = lane_tiles_;
+        for (int distance = 1; distance < kLanes; distance *= 2) {
+            const int other = __shfl_up_sync(kAllLanes, sum, distance);
+            if (lane() >= distance) sum += other;
+        }
+        lane_first_ = sum - lane_tiles_;
+        batch_tiles_ = __shfl_sync(kAllLanes, sum, kLanes - 1);
+    }
+
+    TileGrid grid_;
+    int batch_group_ = 0;  ///< first group of the batch
+    int batch_first_ = 0;  ///< its first tile
+    int batch_tiles_;
+    int lane_first_, lane_tiles_;  ///< this lane's share of the batch's tiles
+    int boundary_[kGroupsPerLane + 1];
+};
+
+}  // namespace moecore::cuda::sm90

@@ -1,0 +1,195 @@
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "moecore/dispatcher.hpp"
+#include "moecore/ep_schedule.hpp"
+#include "moecore/threads.hpp"
+#include "test_main.hpp"
+
+namespace moecore::test {
+namespace {
+
+struct Group {
+    int num_ranks, num_experts, top_k, num_groups;
+    std::vector<ExpertRange> ranges;
+    std::vector<std::vector<int32_t>> ids;
+
+    Group(int ranks, int experts, int k, int groups, const std::vector<int64_t>& tokens,
+          uint32_t seed)
+        : num_ranks(ranks), num_experts(experts), top_k(k), num_groups(groups) {
+        Random random(seed);
+        for (int r = 0; r < ranks; ++r) {
+            ranges.push_back(expert_range(experts, r, ranks));
+            std::vector<int32_t> own;
+            for (int64_t i = 0; i < tokens[static_cast<size_t>(r)] * k; ++i)
+                own.push_back(
+                    static_cast<int32_t>(random.below(experts + 2) - 1));  // some nobody's
+            ids.push_back(own);
+        }
+    }
+
+    std::vector<DispatchPlan> plans() const {
+        const ExpertPlaces places(ranges, num_groups);
+        std::vector<std::span<const int32_t>> all(ids.begin(), ids.end());
+        std::vector<DispatchPlan> result;
+        for (int r = 0; r < num_ranks; ++r)
+            result.push_back(make_dispatch_plan(places, r, top_k, all));
+        return result;
+    }
+};
+
+/// Where the rows that `source` sends `target` in `group` begin, among all that `counts` counts.
+int64_t first_of(const RowCounts& counts, int group, int rank) {
+    int64_t first = counts.before(group);
+    for (int r = 0; r < rank; ++r) first += counts.of_group(group)[static_cast<size_t>(r)];
+    return first;
+}
+
+/// Carries made-up rows through all plans, and checks every promise of DispatchPlan.
+void check(const Group& group) {
+    const std::vector<DispatchPlan> plans = group.plans();
+    using Token = std::pair<int, int32_t>;  // source rank, token
+    std::vector<std::vector<Token>> copies(plans.size());
+    std::vector<std::vector<std::pair<Token, int>>> rows(plans.size()), back(plans.size());
+
+    for (size_t r = 0; r < plans.size(); ++r)
+        copies[r].resize(static_cast<size_t>(plans[r].received.total()), {-1, -1});
+    for (int g = 0; g < group.num_groups; ++g)
+        for (int s = 0; s < group.num_ranks; ++s)
+            for (int d = 0; d < group.num_ranks; ++d) {
+                const DispatchPlan& from = plans[static_cast<size_t>(s)];
+                const DispatchPlan& to = plans[static_cast<size_t>(d)];
+                const int64_t count = from.sent.of_group(g)[static_cast<size_t>(d)];
+                expect(count == to.received.of_group(g)[static_cast<size_t>(s)],
+                       "both sides count the same copies");
+                expect(from.received_back.of_group(g)[static_cast<size_t>(d)] ==
+                           to.sent_back.of_group(g)[static_cast<size_t>(s)],
+                       "both sides count the same results");
+                for (int64_t i = 0; i < count; ++i) {
+                    const int32_t token =
+                        from.sent_tokens[static_cast<size_t>(first_of(from.sent, g, d) + i)];
+                    copies[static_cast<size_t>(d)]
+                          [static_cast<size_t>(first_of(to.received, g, s) + i)] = {s, token};
+                }
+            }
+
+    for (size_t r = 0; r < plans.size(); ++r) {
+        const DispatchPlan& plan = plans[r];
+        std::set<Token> distinct(copies[r].begin(), copies[r].end());
+        expect(distinct.size() == copies[r].size(), "one copy of a token a rank");
+        const ExpertRange range = group.ranges[r];
+        expect(plan.expert_offsets.size() == static_cast<size_t>(range.count) + 1 &&
+                   plan.expert_offsets.back() == static_cast<int64_t>(plan.sorted_slots.size()),
+               "offsets end at the number of rows");
+        for (int e = 0; e < range.count; ++e) {
+            Token last{-1, -1};
+            for (int64_t row = plan.expert_offsets[static_cast<size_t>(e)];
+                 row < plan.expert_offsets[static_cast<size_t>(e) + 1]; ++row) {
+                const int32_t slot = plan.sorted_slots[static_cast<size_t>(row)];
+                const Token token = copies[r][static_cast<size_t>(slot / group.top_k)];
+                const int j = slot % group.top_k;
+                const auto& ids = group.ids[static_cast<size_t>(token.first)];
+                expect(ids[static_cast<size_t>(token.second * group.top_k + j)] == range.first + e,
+                       "a row is of its expert");
+                expect(token >= last, "rows come by source rank and token");
+                last = token;
+                rows[r].push_back({token, j});
+            }
+        }
+        back[r].resize(static_cast<size_t>(plan.received_back.total()));
+    }
+
+    for (int g = 0; g < group.num_groups; ++g)
+        for (int s = 0; s < group.num_ranks; ++s)
+            for (int d = 0; d < group.num_ranks; ++d) {
+                const DispatchPlan& owner = plans[static_cast<size_t>(s)];
+                const DispatchPlan& host = plans[static_cast<size_t>(d)];
+                const int64_t count = host.sent_back.of_group(g)[static_cast<size_t>(s)];
+                for (int64_t i = 0; i < count; ++i) {
+                    const auto row = static_cast<size_t>(
+                        host.back_rows[static_cast<size_t>(first_of(host.sent_back, g, s) + i)]);
+                    back[static_cast<size_t>(s)]
+                        [static_cast<size_t>(first_of(owner.received_back, g, d) + i)] =
+                            rows[static_cast<size_t>(d)][row];
+                }
+            }
+    for (int r = 0; r < group.num_ranks; ++r) {
+        const auto& ids = group.ids[static_cast<size_t>(r)];
+        for (size_t slot = 0; slot < ids.size(); ++slot) {
+            const int32_t at = plans[static_cast<size_t>(r)].slot_to_back[slot];
+            const bool is_routed = ids[slot] >= 0 && ids[slot] < group.num_experts;
+            expect((at >= 0) == is_routed, "a slot has a result if an expert has its id");
+            if (at < 0) continue;
+            const auto k = static_cast<size_t>(group.top_k);
+            const auto wanted =
+                std::pair(Token{r, static_cast<int32_t>(slot / k)}, static_cast<int>(slot % k));
+            expect(back[static_cast<size_t>(r)][static_cast<size_t>(at)] == wanted,
+                   "each result comes back to its slot");
+        }
+    }
+}
+
+void plans_of_all_ranks_fit_together() {
+    check(Group(1, 4, 2, 1, {5}, 1));
+    check(Group(2, 4, 2, 1, {5, 3}, 2));
+    check(Group(3, 7, 3, 2, {4, 0, 9}, 3));     // experts not divisible, an idle rank
+    check(Group(4, 5, 1, 4, {1, 2, 3, 4}, 4));  // groups without an expert
+    check(Group(8, 64, 8, 3, {0, 0, 0, 17, 0, 1, 0, 2}, 5));
+    check(Group(5, 5, 5, 1, {0, 0, 0, 0, 0}, 6));
+    // Many tokens are planned by several threads.
+    set_num_threads(4);
+    check(Group(3, 16, 2, 2, {9000, 0, 12000}, 7));
+}
+
+void schedule_follows_the_figures() {
+    LayerLoad load{.num_ranks = 8,
+                   .hidden_size = 4096,
+                   .intermediate_size = 1536,
+                   .num_experts = 128,
+                   .top_k = 8,
+                   .element_bytes = 2,
+                   .max_tokens = 4096,
+                   .total_tokens = 8 * 4096};
+    const MachineFigures gpu{.link_gbps = 300,
+                             .link_latency_us = 12,
+                             .compute_gflops = 6e5,
+                             .memory_gbps = 3000,
+                             .host_wait_us = 60};
+    const ScheduleChoice prefill = choose_schedule(load, gpu);
+    expect(prefill.schedule == Schedule::kAllToAll && prefill.num_groups > 1,
+           "a long prefill overlaps: " + prefill.reason);
+    load.max_tokens = 1;
+    load.total_tokens = 8;
+    const ScheduleChoice decode = choose_schedule(load, gpu);
+    expect(decode.schedule == Schedule::kAllGather,
+           "a token a rank waits for no host: " + decode.reason);
+    const ScheduleChoice forced = choose_schedule(load, gpu, Schedule::kAllToAll, 3);
+    expect(forced.schedule == Schedule::kAllToAll && forced.num_groups == 3, "no choice left");
+    expect(forced.reason.find("all-to-all in 3 groups") != std::string::npos, forced.reason);
+}
+
+void expert_ranges_cover_all_experts() {
+    for (const int size : {1, 2, 3, 7, 10}) {
+        int next = 0;
+        for (int r = 0; r < size; ++r) {
+            const ExpertRange range = expert_range(10, r, size);
+            expect(range.first == next && range.count >= 10 / size, "contiguous and balanced");
+            next += range.count;
+        }
+        expect(next == 10, "all of them");
+    }
+    expect_invalid([] { expert_range(3, 0, 4); },
+                   "expert_range: size must be <= num_experts, got 4 with 3 experts");
+    expect_invalid([] { expert_range(3, 2, 2); }, "rank must be in [0, size), got 2");
+}
+
+}  // namespace
+
+void add_dispatch_plan_tests(std::vector<Test>& tests) {
+    tests.push_back({"plans of all ranks fit together", plans_of_all_ranks_fit_together});
+    tests.push_back({"schedule follows the figures", schedule_follows_the_figures});
+    tests.push_back({"expert ranges cover all experts", expert_ranges_cover_all_experts});
+}
+
+}  // namespace moecore::test
