@@ -6,6 +6,8 @@
     python bench/compare.py model --device cuda ...   decode on a GPU, random weights
     python bench/compare.py ranks ...   whole models on several ranks of this machine
 
+`pip install "moecore[bench]"` brings transformers. `pip install "moecore[llama-cpp]"` compiles
+llama.cpp for this machine, in some ten minutes on two cores.
 `--help` after a word shows its options.
 """
 

@@ -9,15 +9,17 @@ The read bandwidth is probed before and after each sample. It decides what decod
 shared machines it changes by itself, so samples are grouped by it.
 
     python bench/compare.py model [--models qwen3,mixtral] [--peers moecore,transformers-grouped_mm]
-                                  [--cases prefill,decode1,decode8] [--repeats 5] [--gguf FILE]
+                                  [--cases prefill,decode1,decode8] [--repeats 5]
 
-llama.cpp runs if llama-cpp-python is installed and --gguf names a conversion of the checkpoint (for
-one model at a time).
+llama.cpp takes part where llama-cpp-python and gguf are installed; its
+GGUF file is written beside the checkpoint on first use. It runs with its own defaults: flash
+attention where it chooses it, float16 caches, weights mapped from the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import platform
 import statistics
 import time
@@ -169,37 +171,40 @@ def transformers_timer(path: Path, experts: str) -> Timer:
     return run
 
 
-def llama_cpp_timer(gguf: str, threads: int) -> Timer:
-    import llama_cpp
+def llama_cpp_timer(path: Path) -> Timer:
+    from gguf_checkpoint import gguf_file
+    from llama_cpp_model import LlamaCpp
 
-    model = llama_cpp.Llama(
-        gguf, n_ctx=2048, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
+    model = LlamaCpp(gguf_file(path), torch.get_num_threads(), max_len=1024)
 
     def run(case: Case) -> float:
-        if case.batch != 1:
-            return float("nan")  # the high-level binding decodes one sequence at a time
-        model.reset()
+        model.start(case.batch)
+        prompt = torch.randint(0, VOCAB, (case.batch, case.depth), dtype=torch.int32).numpy()
         begin = time.perf_counter()
-        model.eval(random_ids(case.depth))
+        model.decode(prompt).argmax(-1)
         if case.steps == 0:
             return time.perf_counter() - begin
         begin = time.perf_counter()
         for _ in range(case.steps):
-            model.eval(random_ids(1))
+            token = torch.randint(0, VOCAB, (case.batch, 1), dtype=torch.int32).numpy()
+            model.decode(token).argmax(-1)
         return time.perf_counter() - begin
 
     return run
 
 
-def timers(names: list[str], path: Path, gguf: str | None) -> Iterator[tuple[str, Timer]]:
+def has_llama_cpp() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
+
+
+def timers(names: list[str], path: Path) -> Iterator[tuple[str, Timer]]:
     for name in names:
         if name == "moecore":
             yield name, moecore_timer(path)
         elif name.startswith("transformers-"):
             yield name, transformers_timer(path, name.removeprefix("transformers-"))
-        elif name == "llama.cpp" and gguf:
-            yield name, llama_cpp_timer(gguf, torch.get_num_threads())
+        elif name == "llama.cpp":
+            yield name, llama_cpp_timer(path)
 
 
 def main() -> None:
@@ -207,13 +212,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default="qwen3,mixtral")
-    parser.add_argument("--peers", default="moecore,transformers-grouped_mm,transformers-eager")
+    parser.add_argument(
+        "--peers", default="moecore,transformers-grouped_mm,transformers-eager,llama.cpp"
+    )
     parser.add_argument("--cases", default="prefill,decode1,decode8")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("build-bench/models"))
-    parser.add_argument("--gguf")
     options = parser.parse_args()
+    peers = options.peers.split(",")
+    if "llama.cpp" in peers and not has_llama_cpp():
+        peers.remove("llama.cpp")
+        print("llama.cpp is left out: llama_cpp or gguf is missing (llama-cpp-python, gguf)\n")
     torch.set_num_threads(options.threads)
     roofs = Roofs(threads=options.threads)
     peak = roofs.matmul_gflops()
@@ -221,10 +231,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, matmul peak {peak:.0f} GFLOP/s\n")
     print("| model | case | peer | GB/s probed | tok/s | min | max | floor tok/s | of floor |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    peers = options.peers.split(",") + (["llama.cpp"] if options.gguf else [])
     for model in options.models.split(","):
         path = checkpoint(model, options.folder)
-        ready = list(timers(peers, path, options.gguf))
+        ready = list(timers(peers, path))
         for case_name in options.cases.split(","):
             case = CASES[case_name]
             samples: dict[str, list[tuple[float, float]]] = {name: [] for name, _ in ready}
