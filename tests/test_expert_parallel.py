@@ -1,5 +1,6 @@
 """Expert parallelism from Python: threads and processes as ranks, equal bits, and every fault."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -183,6 +184,32 @@ def test_trace_can_be_read(tmp_path):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((b"short", 0, 1), "unique_id must have 128 bytes, got 5"),
+        ((bytes(128), 2, 2), r"rank must be in \[0, size\), got 2 with size 2"),
+    ],
+)
+def test_bad_nccl_arguments_are_named_before_nccl_is_loaded(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        moecore.Transport.nccl(*arguments, device="cuda:0")
+
+
+def test_a_missing_nccl_is_reported_with_the_paths_tried():
+    code = (
+        "import moecore\n"
+        "try: moecore.Transport.nccl_unique_id()\n"
+        "except moecore.UnsupportedError as error: print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["MOECORE_NCCL"] = "/nowhere/libnccl.so.2"
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    assert "found no NCCL" in output
+    assert "/nowhere/libnccl.so.2" in output
 
 
 def test_a_closed_transport_says_so():
