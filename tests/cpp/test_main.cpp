@@ -16,7 +16,8 @@ void expect(bool condition, const std::string& message, std::source_location whe
 
 }  // namespace moecore::test
 
-int main() {
+/// Runs all tests, or those whose name contains the first argument.
+int main(int argc, char** argv) {
     using namespace moecore;
     std::vector<test::Test> tests;
     test::add_topk_routing_tests(tests);
@@ -39,6 +40,10 @@ int main() {
     test::add_paged_attention_tests(tests);
     test::add_rms_norm_tests(tests);
     test::add_rotary_embedding_tests(tests);
+    if (argc > 1)
+        std::erase_if(tests, [&](const test::Test& test) {
+            return test.name.find(argv[1]) == std::string::npos;
+        });
     std::cout << "CPU kernels: " << build_info().cpu_isa << "\n";
     int failed = 0;
     for (const test::Test& test : tests) {

@@ -20,6 +20,7 @@ struct MachineFigures {
     double compute_gflops = 50.0;   ///< of one rank's grouped GEMMs
     double memory_gbps = 10.0;      ///< of reading weights
     double host_wait_us = 0.0;      ///< until the host knows routes that a device has made
+    double plan_ns_per_route = 20;  ///< of the host's plan, over the routes of all ranks
 };
 
 /// The size of one layer's call.

@@ -11,6 +11,7 @@ namespace {
 /// Microseconds of a layer's parts.
 struct Costs {
     double dispatch, back, compute;
+    double plan = 0.0;
 };
 
 double us_of_bytes(double bytes, double gbps) { return bytes / (gbps * 1e3); }
@@ -36,8 +37,8 @@ Costs all_to_all_costs(const LayerLoad& load, const MachineFigures& figures) {
     const double visited = 1.0 - std::pow(1.0 - 1.0 / ranks, load.top_k);
     const double remote_routes = load.top_k * (ranks - 1.0) / ranks;
     return {us_of_bytes(tokens * (ranks - 1.0) * visited * row, figures.link_gbps),
-            us_of_bytes(tokens * remote_routes * row, figures.link_gbps),
-            compute_us(load, figures)};
+            us_of_bytes(tokens * remote_routes * row, figures.link_gbps), compute_us(load, figures),
+            static_cast<double>(load.total_tokens * load.top_k) * figures.plan_ns_per_route * 1e-3};
 }
 
 Costs all_gather_costs(const LayerLoad& load, const MachineFigures& figures) {
@@ -54,8 +55,8 @@ double all_to_all_us(const Costs& costs, const MachineFigures& figures, int num_
     const double both_ways = costs.dispatch + costs.back;
     const double ends = both_ways / num_groups;
     const double inner_share = 1.0 - 1.0 / num_groups;
-    return figures.host_wait_us + figures.link_latency_us * (2.0 + 2.0 * num_groups) + ends +
-           std::max(costs.compute, costs.compute / num_groups + both_ways * inner_share);
+    return figures.host_wait_us + costs.plan + figures.link_latency_us * (2.0 + 2.0 * num_groups) +
+           ends + std::max(costs.compute, costs.compute / num_groups + both_ways * inner_share);
 }
 
 double all_gather_us(const Costs& costs, const MachineFigures& figures) {
