@@ -23,7 +23,6 @@ template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     embedding_kernel(const __grid_constant__ EmbeddingArgs args) {
     const int64_t token = blockIdx.x;
-    wait_for_predecessors();
     allow_dependents();
     const int64_t id = args.ids_dtype == DType::kInt32
                            ? static_cast<const int32_t*>(args.ids)[token]
@@ -48,7 +47,10 @@ void embedding(const EmbeddingArgs& args, Stream stream) {
                     static_cast<unsigned>(ceil_div(args.width, int64_t{kColumnsPerBlock})));
     const auto kernel =
         args.dtype == DType::kBFloat16 ? embedding_kernel<__nv_bfloat16> : embedding_kernel<float>;
-    launch_dependent("embedding", kernel, grid, dim3(kThreads), 0, stream, args);
+    // Launched plainly: the first kernel of a pass follows copies from the host, and begins only
+    // when nothing before it is under way.
+    kernel<<<grid, kThreads, 0, native(stream)>>>(args);
+    check(cudaPeekAtLastError(), "embedding launch");
 }
 
 }  // namespace moecore::cuda

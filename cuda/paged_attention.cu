@@ -10,7 +10,7 @@
 // results to the row's total in the order of the splits. So neither the cluster's size nor the
 // tile's other rows change the bits of a row, and short batches use many multiprocessors without
 // memory or atomics between them. The grid depends on T and S only: it can be captured in a graph.
-// Needs sm_80; clusters of more than one block sm_90.
+// Needs sm_80; clusters of more than one block, and heads above 128, sm_90.
 
 #include <cuda_bf16.h>
 

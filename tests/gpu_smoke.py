@@ -36,6 +36,7 @@ def main() -> None:
         run_decoder_ops(dtype)
     run_tensor_core_layer()
     run_model()
+    run_attention()
     torch.cuda.synchronize()
 
 
@@ -77,6 +78,24 @@ def run_model() -> None:
             use_tqdm=False,
         ) as llm:
             llm.generate(["Once upon a time", "The king"], params, use_tqdm=False)
+
+
+def run_attention() -> None:
+    for head_dim, num_heads in ((16, 3), (80, 16), (128, 8), (256, 2)):
+        lengths = [70, 1, 600]
+        counts = [3, 1, 300]
+        tables = torch.arange(30, dtype=torch.int32, device="cuda").view(3, 10)
+        cache = torch.zeros(1, 30, 64 * head_dim, dtype=torch.bfloat16, device="cuda")
+        for queries in (counts, [1, 1, 1]):
+            offsets = torch.tensor([0, *queries]).cumsum(0, dtype=torch.int32).cuda()
+            context = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+            batch = (offsets, context, tables)
+            rows = torch.randn(sum(queries), num_heads, head_dim).bfloat16().cuda()
+            key = rows[:, :1].contiguous()
+            value_cache = cache.clone()
+            ops.write_kv_cache(key, key, cache, value_cache, *batch)
+            out = ops.paged_attention(rows, cache, value_cache, *batch, scale=0.1)
+            assert out.isfinite().all()
 
 
 if __name__ == "__main__":

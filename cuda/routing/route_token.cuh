@@ -136,6 +136,49 @@ __device__ void limit_groups(const RoutingConfig& config, int num_experts, int l
     }
 }
 
+/// limit_groups for groups of a multiple of 32 experts: whole registers of the warp, so that maxima
+/// of the warp are those of a group, and no memory is needed. Lane g ranks group g.
+template <int kPerLane>
+__device__ void limit_wide_groups(const RoutingConfig& config, int num_experts, int lane,
+                                  int32_t (&key)[kPerLane]) {
+    const int registers = num_experts / config.num_groups / kWarpSize;  // of a group
+    int32_t group_key[1] = {kTakenKey};
+    int32_t best = kTakenKey, second = kTakenKey;
+    int group = 0, left = registers;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        second = max(second, min(best, key[i]));
+        best = max(best, key[i]);
+        if (--left > 0) continue;
+        const int32_t largest = __reduce_max_sync(kFullMask, best);
+        float score = from_order_key(largest);
+        if (config.group_limit == GroupLimit::kTop2Sum) {
+            const int owner =
+                __ffs(static_cast<int>(__ballot_sync(kFullMask, best == largest))) - 1;
+            const int32_t next = __reduce_max_sync(kFullMask, lane == owner ? second : best);
+            score = __fadd_rn(score, from_order_key(next));
+        }
+        if (lane == group && group < config.num_groups) group_key[0] = order_key(score);
+        best = second = kTakenKey;
+        ++group;
+        left = registers;
+    }
+    for (int n = 0; n < config.topk_group; ++n) {
+        int32_t ignored = 0;
+        take_largest(group_key, lane, ignored);
+    }
+    group = 0;
+    left = registers;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        const bool is_kept = __shfl_sync(kFullMask, group_key[0], group) == kTakenKey;
+        if (i * kWarpSize < num_experts && !is_kept) key[i] = kDroppedKey;
+        if (--left > 0) continue;
+        ++group;
+        left = registers;
+    }
+}
+
 /// What route_token chose: lane j < k holds the j-th best expert, the other lanes nothing.
 struct Choice {
     int expert;
@@ -186,8 +229,12 @@ __device__ Choice route_token(const TopkRoutingArgs& args, int64_t token, int la
     }
 
     // 3. Select. Lane j keeps the j-th winner.
-    if (config.group_limit != GroupLimit::kNone && config.topk_group < config.num_groups)
-        limit_groups(config, args.num_experts, lane, shared_key, key);
+    if (config.group_limit != GroupLimit::kNone && config.topk_group < config.num_groups) {
+        if (args.num_experts / config.num_groups % kWarpSize == 0)
+            limit_wide_groups(config, args.num_experts, lane, key);
+        else
+            limit_groups(config, args.num_experts, lane, shared_key, key);
+    }
     __syncwarp();  // every expert's score is there
     int chosen_expert = 0;
     int32_t chosen_key = kTakenKey;
