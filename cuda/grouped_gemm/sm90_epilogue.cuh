@@ -65,8 +65,8 @@ struct Place {
     /// The output column that sums of block `block` and half `half` (rows 0 to 7 of a warp's 16
     /// weight rows, or 8 to 15) go to. Both halves of a gated tile make one column.
     __device__ int column(int block, int half) const {
-        return first_column + (kIsGated ? block * 32 + warp * 8 : block * 64 + warp * 16 + half * 8) +
-               lane / 4;
+        return first_column +
+               (kIsGated ? block * 32 + warp * 8 : block * 64 + warp * 16 + half * 8) + lane / 4;
     }
 
     int warp, lane;
@@ -141,8 +141,8 @@ __device__ void store_bfloat16(const Params& params, const Tile& tile,
                     for (int i = 0; i < 4; ++i)
                         fragment[i] = to_bfloat16_pair(value(block, half, row / 8 + i, 0),
                                                        value(block, half, row / 8 + i, 1));
-                    const int piece = kIsGated ? block * 4 + place.warp
-                                               : block * 8 + place.warp * 2 + half;
+                    const int piece =
+                        kIsGated ? block * 4 + place.warp : block * 8 + place.warp * 2 + half;
                     ptx::store_transposed(piece_address(round % 2, part * 32 + place.lane, piece),
                                           fragment);
                 }

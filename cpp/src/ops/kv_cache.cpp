@@ -87,7 +87,8 @@ KvCacheArgs checked_kv_cache(const Check& check, const char* op, const KvCache& 
     check.that(args.query_offsets[0] == 0 && args.query_offsets[args.num_sequences] == num_tokens,
                "query_offsets must go from 0 to ", num_tokens, ", the number of tokens, got ",
                args.query_offsets[0], " to ", args.query_offsets[args.num_sequences]);
-    for (int64_t s = 0; s < args.num_sequences; ++s) check_sequence(check, args, s, args.block_table_width);
+    for (int64_t s = 0; s < args.num_sequences; ++s)
+        check_sequence(check, args, s, args.block_table_width);
     return args;
 }
 
