@@ -6,14 +6,16 @@ identical tokens would choose identical experts. Their o_proj is scaled by 0.1; 
 weights average a prompt into one direction, and nearly all of its tokens choose the same experts.
 
 The read bandwidth is probed before and after each sample. It decides what decode can reach, and on
-shared machines it changes by itself, so samples are grouped by it.
+shared machines it changes by itself, so samples are grouped by it. A sample that met two states has
+the mean of both probes, and may pass a floor made of it. The multiply-add rate is probed as often;
+the floor of prompts takes the highest, since one probe of 10 ms may meet a slow moment.
 
     python bench/compare.py model [--models qwen3,mixtral] [--peers moecore,transformers-grouped_mm]
                                   [--cases prefill,decode1,decode8] [--repeats 5]
 
-llama.cpp takes part where llama-cpp-python and gguf are installed; its
-GGUF file is written beside the checkpoint on first use. It runs with its own defaults: flash
-attention where it chooses it, float16 caches, weights mapped from the file.
+llama.cpp takes part where llama-cpp-python and gguf are installed; its GGUF file is written beside
+the checkpoint on first use. It runs with its own defaults: flash attention where it chooses it,
+float16 caches, weights mapped from the file.
 """
 
 from __future__ import annotations
@@ -226,9 +228,9 @@ def main() -> None:
         print("llama.cpp is left out: llama_cpp or gguf is missing (llama-cpp-python, gguf)\n")
     torch.set_num_threads(options.threads)
     roofs = Roofs(threads=options.threads)
-    peak = roofs.matmul_gflops()
+    peaks = [roofs.matmul_gflops()]
     print(f"{platform.processor() or platform.machine()}, {options.threads} threads, ", end="")
-    print(f"torch {torch.__version__}, matmul peak {peak:.0f} GFLOP/s\n")
+    print(f"torch {torch.__version__}\n")
     print("| model | case | peer | GB/s probed | tok/s | min | max | floor tok/s | of floor |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for model in options.models.split(","):
@@ -243,10 +245,14 @@ def main() -> None:
                     seconds = run(case)
                     tokens = case.batch * (case.steps or case.depth)
                     bandwidth = (before + roofs.read_gbps()) / 2
+                    peaks.append(roofs.matmul_gflops())
                     if repeat > 0:  # the first touches memory
                         samples[name].append((bandwidth, tokens / seconds))
             for name, found in samples.items():
-                report(model, case_name, name, found, path, peak)
+                report(model, case_name, name, found, path, max(peaks))
+    print(f"\nmatmul peak {max(peaks):.0f} GFLOP/s; ", end="")
+    middle = statistics.median(peaks)
+    print(f"of {len(peaks)} probes the least {min(peaks):.0f}, median {middle:.0f}")
 
 
 def report(
