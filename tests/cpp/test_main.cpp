@@ -25,6 +25,7 @@ int main(int argc, char** argv) {
     test::add_sort_by_expert_tests(tests);
     test::add_grouped_gemm_tests(tests);
     test::add_gemm_amx_tests(tests);
+    test::add_gemm_config_tests(tests);
     test::add_grouped_gemm_argument_tests(tests);
     test::add_packed_weights_tests(tests);
     test::add_combine_tests(tests);

@@ -35,6 +35,7 @@ void add_route_and_sort_tests(std::vector<Test>& tests);
 void add_sort_by_expert_tests(std::vector<Test>& tests);
 void add_grouped_gemm_tests(std::vector<Test>& tests);
 void add_gemm_amx_tests(std::vector<Test>& tests);
+void add_gemm_config_tests(std::vector<Test>& tests);
 void add_grouped_gemm_argument_tests(std::vector<Test>& tests);
 void add_packed_weights_tests(std::vector<Test>& tests);
 void add_combine_tests(std::vector<Test>& tests);

@@ -1,0 +1,72 @@
+#include "grouped_gemm/config.hpp"
+#include "test_main.hpp"
+
+namespace moecore::test {
+namespace {
+
+using namespace cuda;
+
+constexpr int kRowBytes = 128;  // of a K block
+
+GemmConfig choose(int64_t num_rows, int64_t num_groups) {
+    return choose_config({.num_rows = num_rows,
+                          .num_groups = num_groups,
+                          .n = 4096,
+                          .k_dim = 2048,
+                          .is_gated = true,
+                          .num_multiprocessors = 132});
+}
+
+void every_choice_fits_into_shared_memory() {
+    for (const int64_t num_groups : {1, 8, 32, 128, 1024}) {
+        for (int64_t num_rows = 1; num_rows <= int64_t{1} << 20; num_rows += 1 + num_rows / 7) {
+            const std::string problem = concat(num_rows, " rows of ", num_groups, " groups");
+            const GemmConfig config = choose(num_rows, num_groups);
+            const bool is_wide = config.kernel == GemmKernel::kWide;
+            expect(config.kernel != GemmKernel::kSimple, problem);
+            const int most = is_wide ? 192 : 64;
+            expect(config.max_tokens >= 8 && config.max_tokens <= most, problem);
+            expect(config.max_tokens % (is_wide ? 16 : 8) == 0, problem);
+            expect(config.num_stages >= 3 && config.num_stages <= 12, problem);
+            const int64_t stage = kRowBytes * (weight_rows(config.kernel) + config.max_tokens);
+            expect(config.num_stages * stage <= ring_bytes(config.kernel), problem);
+        }
+    }
+}
+
+void more_rows_never_take_a_smaller_tile() {
+    for (const int64_t num_groups : {1, 8, 32, 128}) {
+        int before = 0;
+        for (int64_t num_rows = 1; num_rows <= 512 * num_groups; num_rows += 1 + num_rows / 50) {
+            const int tokens = choose(num_rows, num_groups).max_tokens;
+            expect(tokens >= before, concat(num_rows, " rows of ", num_groups, " groups: ", tokens,
+                                            " after ", before));
+            before = tokens;
+        }
+    }
+}
+
+void real_models_decode_narrow_and_prefill_wide() {
+    struct Model {
+        int64_t num_experts, top_k;
+    };
+    for (const Model& model : {Model{8, 2}, Model{128, 8}, Model{256, 8}, Model{32, 4}}) {
+        expect(choose(model.top_k, model.num_experts).kernel == GemmKernel::kNarrow, "T = 1");
+        expect(choose(32 * model.top_k, model.num_experts).kernel == GemmKernel::kNarrow, "T = 32");
+        const GemmConfig prefill = choose(4096 * model.top_k, model.num_experts);
+        expect(prefill.kernel == GemmKernel::kWide && prefill.max_tokens >= 160, "T = 4096");
+    }
+}
+
+}  // namespace
+
+void add_gemm_config_tests(std::vector<Test>& tests) {
+    tests.push_back({"gemm_config: every choice fits into shared memory",
+                     every_choice_fits_into_shared_memory});
+    tests.push_back(
+        {"gemm_config: more rows never take a smaller tile", more_rows_never_take_a_smaller_tile});
+    tests.push_back({"gemm_config: real models decode narrow and prefill wide",
+                     real_models_decode_narrow_and_prefill_wide});
+}
+
+}  // namespace moecore::test
