@@ -99,15 +99,25 @@ class Watched:
         self.met = len(activations.router_logits.float().topk(self._top_k).indices.unique())
 
 
+class LayerByLayer:
+    """The model's attention as one that its core does not know: each layer is then a call."""
+
+    def __init__(self, attention: Any) -> None:
+        self._attention, self.block_size = attention, attention.block_size
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        self._attention(*arguments, **options)
+
+
 def watch_step(engine: Any, top_k: int) -> float:
-    """Compute one step kernel by kernel; return the mean number of experts met by a layer."""
+    """Compute one step layer by layer; return the mean number of experts met by a layer."""
     runner = engine._runner
-    layers, graphs = runner._model._layers, runner._graphs
+    layers, graphs, attention = runner._model._layers, runner._graphs, runner._attention
     runner._model._layers = [Watched(layer, top_k) for layer in layers]
-    runner._graphs = None
+    runner._graphs, runner._attention = None, LayerByLayer(attention)
     engine.step()
     met = statistics.mean(layer.met for layer in runner._model._layers)
-    runner._model._layers, runner._graphs = layers, graphs
+    runner._model._layers, runner._graphs, runner._attention = layers, graphs, attention
     return met
 
 
