@@ -22,6 +22,14 @@ LONG = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0)
 PROMPTS = ["Once upon a time", "The king", "In the dark wood"]
 
 
+@pytest.fixture(autouse=True)
+def heeded_ctrl_c():
+    """Python heeds Ctrl-C, also in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def started(monkeypatch):
     """Processes that are started; afterwards all must have ended, and left no shared memory."""
@@ -204,8 +212,9 @@ def test_ranks_that_are_threads_end_after_an_error_too(monkeypatch):
     assert after == before
 
 
-def generate_for_ever(llm):
-    while True:
+def generate_until_interrupted(llm):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
         generate(llm)
 
 
@@ -220,7 +229,7 @@ def test_ctrl_c_ends_what_runs_and_the_ranks_stay(started):
         want = llm.generate(PROMPTS, SamplingParams(temperature=0), use_tqdm=False)
         timer = interrupt_soon()
         with pytest.raises(KeyboardInterrupt):
-            generate_for_ever(llm)
+            generate_until_interrupted(llm)
         timer.join()
         assert not llm.engine.has_unfinished
         got = llm.generate(PROMPTS, SamplingParams(temperature=0), use_tqdm=False)

@@ -98,6 +98,7 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
     params.stage_bytes = Shape::kWeightBytes + config.max_tokens * kRowBytes;
     params.num_k_blocks = static_cast<int>(ceil_div(args.k_dim, BLOCK_K));
     params.is_output_aligned = is_multiple_of_16(args.output) && args.output_stride % 8 == 0;
+    params.are_weights_shared = args.num_rows > int64_t{config.max_tokens} * args.num_groups;
     params.copies_rows = config.kernel == GemmKernel::kWide && args.sorted_slots == nullptr &&
                          config.max_tokens % kBoxRows == 0;
     params.grid.expert_offsets = args.expert_offsets;
@@ -148,6 +149,7 @@ const char* why_not(const GroupedGemmArgs& args) {
     constexpr int64_t kMostRows = int64_t{1} << 31;
     if (args.dtype != DType::kBFloat16) return "input and weights are not bfloat16";
     if (args.k_stride != 1) return "K is not the contiguous dimension of weights";
+    if (args.num_input_rows == 0) return "input has no rows";
     if (args.k_dim % 8 != 0) return "K is not a multiple of 8";
     if (args.n % (is_gated(args.config.activation) ? 16 : 8) != 0)
         return "the output's width is not a multiple of 8";
@@ -158,6 +160,8 @@ const char* why_not(const GroupedGemmArgs& args) {
     if (args.num_rows >= kMostRows || args.num_input_rows >= kMostRows || args.n >= kMostRows ||
         args.k_dim >= kMostRows / 2 || args.input_stride >= kMostRows / 2)
         return "a size is 2^30 or more";
+    if (args.num_input_rows * args.input_stride >= int64_t{1} << 34)
+        return "input spans 2^34 elements or more";
     return nullptr;
 }
 

@@ -16,6 +16,8 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
                               const CUtensorMap& rows_map, Stage stage) {
     constexpr int kBoxBytes = kBoxRows * kRowBytes;
     const bool is_leader = threadIdx.x % kWarpSize == 0;
+    // Weights that several tiles of rows share should stay for the next.
+    const ptx::Keep keep = params.are_weights_shared ? ptx::Keep::kNormal : ptx::Keep::kBriefly;
     typename Shape::Walker walker(params.grid);
     Tile tile;
     for (int index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
@@ -30,8 +32,7 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
                                            Shape::kWeightBytes + row_boxes * kBoxBytes);
                 const int box[5] = {k * BLOCK_K, 0, kIsGated ? 0 : eights, kIsGated ? eights : 0,
                                     tile.group};
-                ptx::copy_box(stage.weights(), map, box, stage.full(),
-                              params.copies_rows ? ptx::Keep::kNormal : ptx::Keep::kBriefly);
+                ptx::copy_box(stage.weights(), map, box, stage.full(), keep);
                 for (int i = 0; i < row_boxes; ++i) {
                     const int rows[2] = {k * BLOCK_K, tile.first_row + i * kBoxRows};
                     ptx::copy_box(stage.weights() + Shape::kWeightBytes + i * kBoxBytes, rows_map,
@@ -49,64 +50,57 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
     }
 }
 
-/// Gathers input rows in the layout of swizzled_tile: rows of a tile, then zeros up to a multiple
-/// of kRowStep. Eight threads copy a row's 128 bytes.
+/// Gathers input rows (for a slot outside input, its first row) in the layout of swizzled_tile;
+/// what follows a tile's last row is left as it is, because no row of output depends on another's
+/// input. Eight threads copy a row's 128 bytes.
 template <typename Shape>
 __device__ void produce_rows(const Params& params, Stage stage) {
     constexpr int kRowsPerPass = kGatherThreads / 8;
-    constexpr int kRowsPerWarp = kWarpSize / 8;  // in one pass
     constexpr int kPasses = ceil_div(Shape::kMaxTokens, kRowsPerPass);
-    constexpr int kPassesPerRegister = kWarpSize / kRowsPerWarp;
-    constexpr int kRegisters = ceil_div(kPasses, kPassesPerRegister);
+    static_assert(kRowsPerPass % 4 == 0, "two passes are a multiple of 8 rows");
     const GroupedGemmArgs& args = params.args;
-    const int lane = threadIdx.x % kWarpSize;
-    const int warp = threadIdx.x / kWarpSize % 4 - 1;
-    const int chunk = lane % 8;
-    const int stride_bytes = static_cast<int>(args.input_stride * 2);
+    const int thread = static_cast<int>(threadIdx.x) - kWarpSize;
+    const int chunk = thread % 8;
+    const int first_row = thread / 8;
+    const auto stride = static_cast<uint32_t>(args.input_stride / 8);  // in 16 bytes
     const int row_bytes = static_cast<int>(args.k_dim * 2);
+    // Where this thread's 16 bytes go in even and in odd passes.
+    const uint32_t even = first_row * kRowBytes + ((chunk ^ first_row % 8) << 4);
+    const uint32_t odd = first_row * kRowBytes + ((chunk ^ (first_row + kRowsPerPass) % 8) << 4);
 
     typename Shape::Walker walker(params.grid);
     Tile tile;
     for (int index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
-        // 1. Each lane looks up one row for every eight passes; -1 reads zeros.
-        int input_row[kRegisters];
+        // 1. Look up this thread's rows, in 16 bytes from the start of input.
+        uint32_t source[kPasses];
 #pragma unroll
-        for (int i = 0; i < kRegisters; ++i) {
-            const int pass = i * kPassesPerRegister + lane / kRowsPerWarp;
-            const int row = pass * kRowsPerPass + warp * kRowsPerWarp + lane % kRowsPerWarp;
-            input_row[i] = -1;
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const int row = first_row + pass * kRowsPerPass;
+            source[pass] = 0;
             if (row >= tile.num_rows) continue;
-            int64_t source = tile.first_row + row;
+            int input_row = tile.first_row + row;
             if (args.sorted_slots != nullptr) {
-                const int slot = args.sorted_slots[source];
-                source = slot >= 0 ? slot / args.slots_per_token : -1;
+                const int slot = args.sorted_slots[input_row];
+                input_row = slot >= 0 ? slot / args.slots_per_token : -1;
             }
-            if (source < args.num_input_rows) input_row[i] = static_cast<int>(source);
+            if (input_row >= 0 && input_row < args.num_input_rows)
+                source[pass] = static_cast<uint32_t>(input_row) * stride + chunk;
         }
 
-        // 2. Copy, one K block after the other.
-        const int num_rows = ceil_div(tile.num_rows, Shape::kRowStep) * Shape::kRowStep;
-        const int first_row = warp * kRowsPerWarp + lane / 8;
+        // 2. Copy, one K block after the other. Adding K to the 32-bit part keeps the compiler from
+        //    holding a 64-bit address for each row.
+        const int rows_below = tile.num_rows - first_row;
         for (int k = 0; k < params.num_k_blocks; ++k) {
             stage.wait_empty();
-            const int k_bytes = k * kRowBytes + chunk * 16;
-            const bool is_past_k = k_bytes >= row_bytes;
+            const bool is_past_k = k * kRowBytes + chunk * 16 >= row_bytes;
+            const uint32_t ahead = is_past_k ? 0 : k * (kRowBytes / 16);
             const uint32_t target = stage.weights() + Shape::kWeightBytes;
 #pragma unroll
-            for (int i = 0; i < kRegisters; ++i) {
-#pragma unroll 2
-                for (int j = 0; j < min(kPassesPerRegister, kPasses); ++j) {
-                    const int pass = i * kPassesPerRegister + j;
-                    if (pass * kRowsPerPass >= num_rows) break;
-                    const int found =
-                        __shfl_sync(0xffffffffu, input_row[i], j * kRowsPerWarp + lane / 8);
-                    const int row = first_row + pass * kRowsPerPass;
-                    const bool is_zero = found < 0 || is_past_k;
-                    const int64_t offset = is_zero ? 0 : int64_t{found} * stride_bytes + k_bytes;
-                    if (row < num_rows)
-                        ptx::copy_16(target + row * kRowBytes + ((chunk ^ row % 8) << 4),
-                                     static_cast<const char*>(args.input) + offset, is_zero);
-                }
+            for (int pass = 0; pass < kPasses; ++pass) {
+                if (pass * kRowsPerPass >= rows_below) break;
+                ptx::copy_16(
+                    target + (pass % 2 == 0 ? even : odd) + pass * kRowsPerPass * kRowBytes,
+                    static_cast<const uint4*>(args.input) + (source[pass] + ahead), is_past_k);
             }
             ptx::barrier_arrive_after_copies(stage.full());
             stage.advance();

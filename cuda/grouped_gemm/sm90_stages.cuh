@@ -43,8 +43,9 @@ struct Params {
     int num_stages;
     int stage_bytes;  ///< kWeightBytes, then max_tokens rows of input
     int num_k_blocks;
-    bool is_output_aligned;  ///< rows of output take 16-byte stores
-    bool copies_rows;        ///< by the copy engine, kBoxRows at a time: they lie side by side
+    bool is_output_aligned;   ///< rows of output take 16-byte stores
+    bool are_weights_shared;  ///< a group may have several row tiles
+    bool copies_rows;         ///< by the copy engine, kBoxRows at a time: they lie side by side
 };
 
 /// Barriers and tiles of the stages.

@@ -62,7 +62,8 @@ struct GroupedGemmWeights {
 /// Throws InvalidArgument if a shape, dtype, stride or device is not as above, an offset or slot
 /// points outside its tensor (checked on the CPU), or output overlaps an input. On CUDA, where the
 /// host never sees them, offsets are kept within the rows of the tensors and a slot outside the
-/// input reads zeros: the rows in question hold unspecified values, and nothing else is touched.
+/// input reads zeros or another row: the rows in question hold unspecified values, and nothing else
+/// is touched.
 void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const TensorView& bias, const TensorView& expert_offsets,
                   const TensorView& sorted_slots, int slots_per_token,

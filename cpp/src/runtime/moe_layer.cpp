@@ -183,9 +183,12 @@ void MoELayer::forward_routed(const TensorView& hidden_states, const TensorView&
 
 bool MoELayer::gathers_first(int64_t num_slots, Device device) const {
     // From about so many rows an expert on, Hopper's tiles are wide, and its copy engine brings
-    // rows that lie side by side faster than threads gather them: 756 against 428 TFLOP/s.
-    constexpr int64_t kRowsOfExpert = 48;
-    return device.type == DeviceType::kCuda &&
+    // rows that lie side by side faster than threads gather them, by 4 to 8 % of the GEMM. That
+    // pays for a gather as long as what it writes stays near: an H100's L2 holds 50 MB.
+    constexpr int64_t kRowsOfExpert = 48, kNearBytes = 96 << 20;
+    const int64_t bytes =
+        num_slots * config_.hidden_size * static_cast<int64_t>(size_of(config_.dtype));
+    return device.type == DeviceType::kCuda && bytes <= kNearBytes &&
            num_slots >= kRowsOfExpert * config_.num_local_experts;
 }
 

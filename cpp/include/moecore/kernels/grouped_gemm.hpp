@@ -41,7 +41,7 @@ void grouped_gemm(const GroupedGemmArgs& args);
 }
 namespace cuda {
 /// Offsets and slots are on the device, where no check has seen them: kernels keep offsets within
-/// [0, num_rows] and read zeros for a slot outside [0, X * slots_per_token).
+/// [0, num_rows] and read zeros, or some row of input, for a slot outside [0, X * slots_per_token).
 void grouped_gemm(const GroupedGemmArgs& args, Stream stream);
 }  // namespace cuda
 
