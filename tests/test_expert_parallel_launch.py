@@ -97,6 +97,7 @@ def test_what_differs_between_ranks_is_named(change, message, monkeypatch):
     options = {"model": None, "device": "cpu", "dtype": "auto", "max_model_len": None}
     options |= {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "kv_cache_memory": None}
     options |= {"load_format": "auto", "revision": None, "seed": 0, "skip_tokenizer_init": True}
+    options["enforce_eager"] = False
     facts = agreement.facts_of(Assembly(EngineOptions(**options)), 4)
     build = moecore.build_info()
     if "cpu_isa" in change:
