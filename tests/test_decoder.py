@@ -161,6 +161,10 @@ def test_layers_of_different_sizes_are_refused():
         ({"token_ids": torch.tensor([0, VOCAB, 1])}, "embedding: ids must be in [0, 20)"),
         ({"token_ids": torch.tensor([0, 1])}, "embedding: output must have shape [2, 32]"),
         ({"logit_rows": torch.tensor([3])}, "embedding: ids must be in [0, 3)"),
+        (
+            {"logit_rows": torch.tensor([1, 0, 2])},
+            "logit_rows must be ascending, got 1 then 0 at 1",
+        ),
         ({"logit_rows": torch.tensor([[0]])}, "Decoder: logit_rows must have shape [any]"),
         ({"logits": torch.empty(2, VOCAB)}, "linear: output must have shape [1, 20]"),
         (

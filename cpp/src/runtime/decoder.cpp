@@ -33,6 +33,20 @@ void check_layers(const std::vector<const DecoderLayer*>& layers) {
     }
 }
 
+/// Rows of a GPU are not looked at: the host has not seen them.
+void check_logit_rows(const TensorView& rows) {
+    kCheck.shape("logit_rows", rows, {Check::kAny});
+    kCheck.dtype("logit_rows", rows, {DType::kInt32, DType::kInt64});
+    kCheck.contiguous("logit_rows", rows);
+    if (rows.device.type != DeviceType::kCpu) return;
+    const auto row = [&](int64_t i) {
+        return rows.dtype == DType::kInt32 ? rows.as<int32_t>()[i] : rows.as<int64_t>()[i];
+    };
+    for (int64_t i = 1; i < rows.shape[0]; ++i)
+        kCheck.that(row(i - 1) < row(i), "logit_rows must be ascending, got ", row(i - 1), " then ",
+                    row(i), " at ", i);
+}
+
 void check_caches(const DecoderParts& parts) {
     kCheck.that(parts.caches.size() == parts.layers.size(), "caches must be one a layer, ",
                 parts.layers.size(), ", got ", parts.caches.size());
@@ -68,6 +82,7 @@ size_t Decoder::workspace_bytes(int64_t max_tokens) const {
 
 void Decoder::forward(const DecoderBatch& batch, const Activations& activations,
                       Workspace& workspace, const TensorView& logits, Stream stream) const {
+    check_logit_rows(batch.logit_rows);
     const ActivationTensors& a = activations.tensors();
     const DecoderConfig& config = parts_.layers[0]->config();
     const int64_t dim = config.head_dim;
@@ -89,7 +104,6 @@ void Decoder::forward(const DecoderBatch& batch, const Activations& activations,
     }
 
     // 2. The rows that want logits, which are few of a prompt's.
-    kCheck.shape("logit_rows", batch.logit_rows, {Check::kAny});
     const int64_t num_rows = batch.logit_rows.shape[0];
     if (num_rows == activations.num_tokens()) {  // ascending, so all of them
         rms_norm(a.delta, parts_.final_norm, config.rms_norm_eps, a.residual, a.normed, stream);
