@@ -1,7 +1,7 @@
 // Memory of one GPU, and the toolkit's version.
 //
 //   reads   nothing
-//   writes  nothing: allocated memory is uninitialised
+//   writes  nothing, or zeros where asked: allocated memory is uninitialised
 //
 // No kernels, any architecture. cudaMalloc and cudaFree may wait for the device: not for hot paths.
 
@@ -23,6 +23,15 @@ void* allocate(int device, size_t bytes) {
     void* data = nullptr;
     check(cudaMalloc(&data, bytes),
           concat("cudaMalloc of ", bytes, " bytes on cuda:", device).c_str());
+    return data;
+}
+
+void* allocate_zeros(int device, size_t bytes) {
+    const DeviceScope scope(device);
+    void* data = allocate(device, bytes);
+    check(cudaMemset(data, 0, bytes), "cudaMemset");
+    // Streams that do not wait for the default one may use it at once.
+    check(cudaStreamSynchronize(cudaStreamLegacy), "cudaStreamSynchronize");
     return data;
 }
 

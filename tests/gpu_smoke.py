@@ -54,12 +54,17 @@ def run_decoder_ops(dtype: torch.dtype) -> None:
 
 
 def run_tensor_core_layer() -> None:
-    """Sizes that the tensor cores' kernels take: few rows an expert, many, and none."""
-    experts, hidden, inner = 6, 136, 72
+    """Sizes that the tensor cores' kernels take: few rows an expert, many, very many, and none."""
+    for inner, batches in ((72, (1, 40, 700)), (1024, (1500,)), (2048, (1500,))):
+        run_batches(inner, batches)
+
+
+def run_batches(inner: int, batches: tuple[int, ...]) -> None:
+    experts, hidden = 6, 136
     gate_up = torch.randn(experts, 2 * inner, hidden).bfloat16().cuda()
     down = torch.randn(experts, hidden, inner).bfloat16().cuda()
     layer = moecore.MoELayer(gate_up, down, ops.RoutingConfig(top_k=2))
-    for num_tokens in (1, 40, 700):
+    for num_tokens in batches:
         x = torch.randn(num_tokens, hidden).bfloat16().cuda()
         logits = torch.randn(num_tokens, experts).cuda()
         logits[:, 3] = -1e9

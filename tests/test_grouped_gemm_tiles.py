@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gemm_data import assert_same_bits, make_weights, randn
-from moecore import ops
+from moecore import MoELayer, ops
 
 SWIGLU = ops.GroupedGemmConfig(activation="swiglu")
 
@@ -32,8 +32,14 @@ def test_a_rows_bits_are_the_same_from_1_to_4096_rows(device, n, config):
 
 @pytest.mark.parametrize(
     "counts",
-    [(3, 0, 7, 1, 0, 13), (200, 0, 65, 1, 193, 400), (0, 0, 900, 0), (0, 0, 0, 0)],
-    ids=["narrow", "wide", "one-expert", "no-rows"],
+    [
+        (3, 0, 7, 1, 0, 13),
+        (200, 0, 65, 1, 193, 400),
+        (900, 3, 0, 500, 385, 1, 1300),
+        (0, 0, 900, 0),
+        (0, 0, 0, 0),
+    ],
+    ids=["narrow", "wide", "pairs", "one-expert", "no-rows"],
 )
 def test_groups_and_gathers_do_not_change_a_rows_bits(device, counts):
     num_rows = sum(counts)
@@ -59,3 +65,19 @@ def test_groups_and_gathers_do_not_change_a_rows_bits(device, counts):
         config=SWIGLU,
     )
     assert_same_bits(gathered, grouped)
+
+
+@pytest.mark.parametrize("inner", [1024, 2048], ids=["gathers-inside", "gathers-first"])
+def test_a_tokens_bits_are_the_same_alone_and_among_thousands(device, inner):
+    """Among thousands a layer's blocks take tiles as they get free, and experts' rows in pairs."""
+    num_tokens, experts, hidden = 4096, 8, 64
+    gate_up = make_weights(experts, 2 * inner, hidden, torch.bfloat16).to(device)
+    down = make_weights(experts, hidden, inner, torch.bfloat16).to(device)
+    layer = MoELayer(gate_up, down, ops.RoutingConfig(top_k=2))
+    x = bf16(num_tokens, hidden, device=device)
+    logits = randn(num_tokens, experts, dtype=torch.float32, seed=1).to(device)
+    together = layer(x, logits)
+    assert_same_bits(layer(x, logits), together)  # counters are ready for the next call
+    for num_rows in (1, 40, 300, 1500):
+        rows = slice(num_tokens - num_rows, num_tokens)
+        assert_same_bits(layer(x[rows], logits[rows]), together[rows])

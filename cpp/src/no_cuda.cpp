@@ -49,6 +49,7 @@ DeviceScope::DeviceScope(int) {}
 DeviceScope::~DeviceScope() {}
 
 void* allocate(int, size_t) { throw_no_cuda("allocate"); }
+void* allocate_zeros(int, size_t) { throw_no_cuda("allocate"); }
 void deallocate(void*, int) noexcept {}
 
 int device_count() { return 0; }

@@ -58,6 +58,45 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
             : "memory");
 }
 
+/// Where block `rank` of the cluster has what this block has at `address`.
+__device__ inline uint32_t address_in(uint32_t address, unsigned rank) {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+
+/// Arrives at a barrier of another block of the cluster. `barrier`: of address_in.
+__device__ inline void cluster_barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/// The same; who waits for it with cluster_barrier_wait sees what this thread stored before. Costs
+/// about a microsecond.
+__device__ inline void cluster_barrier_release(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+                 : "memory");
+}
+
+/// barrier_wait for what another block stored before its cluster_barrier_release.
+__device__ inline void cluster_barrier_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t is_done = 0;
+    while (is_done == 0)
+        asm volatile(
+            "{\n"
+            ".reg .pred p;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n"
+            "}"
+            : "=r"(is_done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+}
+
+/// Stores to shared memory of another block. `address`: of address_in.
+__device__ inline void cluster_store(uint32_t address, int value) {
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 /// A barrier of `num_threads` of the block, whole warps; id 0 is __syncthreads'.
 __device__ inline void named_barrier(uint32_t id, uint32_t num_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
@@ -83,6 +122,19 @@ __device__ inline void copy_box(uint32_t target, const CUtensorMap& map, const i
         : "memory");
 }
 
+/// The same, to the same place in each block of the cluster whose bit is set in `blocks`; the
+/// barrier at the same place in each counts the bytes.
+__device__ inline void copy_box_to(uint16_t blocks, uint32_t target, const CUtensorMap& map,
+                                   const int (&coordinate)[5], uint32_t barrier, Keep keep) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8, %9;" ::"r"(
+            target),
+        "l"(&map), "r"(coordinate[0]), "r"(coordinate[1]), "r"(coordinate[2]), "r"(coordinate[3]),
+        "r"(coordinate[4]), "r"(barrier), "h"(blocks), "l"(static_cast<uint64_t>(keep))
+        : "memory");
+}
+
 /// The same of a map of two dimensions.
 __device__ inline void copy_box(uint32_t target, const CUtensorMap& map, const int (&coordinate)[2],
                                 uint32_t barrier, Keep keep) {
@@ -104,6 +156,11 @@ __device__ inline void copy_16(uint32_t target, const void* source, bool is_zero
 /// Orders this thread's view of shared memory before later accesses of the copy engine and wgmma.
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// The same for copies that other blocks of the cluster have made to this one's memory.
+__device__ inline void cluster_fence_async_proxy() {
+    asm volatile("fence.proxy.async.shared::cluster;" ::: "memory");
 }
 
 // --- Matrix products of a warpgroup (4 warps) ---------------------------------------------------

@@ -13,6 +13,7 @@ enum class GemmKernel : uint8_t {
     kSimple,  ///< any size, stride and dtype, no tensor cores
     kNarrow,  ///< 128 weight rows x up to 64 rows: reads weights at memory speed
     kWide,    ///< 256 weight rows x up to 192 rows: keeps the tensor cores busy
+    kPair,  ///< two wide tiles with the same weights, read from L2 once: for groups of two and more
 };
 
 /// What choose_config knows. The sizes of the groups are on the device.
@@ -28,22 +29,30 @@ struct GemmConfig {
     GemmKernel kernel;
     int max_tokens;  ///< rows of the largest tile
     int num_stages;  ///< K blocks of 64 that fit into a block's shared memory
+    int sharing;     ///< row tiles of a group that take a weight tile in turn
 };
 
 /// Shared memory of one block of `kernel` that its stages may fill.
 constexpr int64_t ring_bytes(GemmKernel kernel) {
-    return kernel == GemmKernel::kWide ? 229376 : 113664;
+    return kernel == GemmKernel::kNarrow ? 113664 : 229376;
 }
 
 /// Weight rows of a tile.
-constexpr int weight_rows(GemmKernel kernel) { return kernel == GemmKernel::kWide ? 256 : 128; }
+constexpr int weight_rows(GemmKernel kernel) { return kernel == GemmKernel::kNarrow ? 128 : 256; }
 
 /// As many stages as fit, up to 12.
-constexpr GemmConfig with_stages(GemmKernel kernel, int max_tokens) {
+constexpr GemmConfig with_stages(GemmKernel kernel, int max_tokens, int sharing) {
     constexpr int kRowBytes = 128;  // of one K block
     const int64_t stage = int64_t{kRowBytes} * (weight_rows(kernel) + max_tokens);
-    return {kernel, max_tokens,
-            static_cast<int>(std::min<int64_t>(ring_bytes(kernel) / stage, 12))};
+    return {kernel, max_tokens, static_cast<int>(std::min<int64_t>(ring_bytes(kernel) / stage, 12)),
+            sharing};
+}
+
+/// As many row tiles as stay in L2 between one weight tile and the next: every one is then read
+/// from memory once, and weights once for so many tiles.
+constexpr int row_tiles_in_cache(int max_tokens, int64_t k_dim) {
+    constexpr int64_t kCacheBytes = 16 << 20;  // of an H100's 50 MB, of which a half is near
+    return static_cast<int>(std::clamp<int64_t>(kCacheBytes / (2 * max_tokens * k_dim), 1, 16));
 }
 
 /// Tiles for a problem that the sm_90a kernels can take. Rows are taken to be spread evenly: a
@@ -56,10 +65,13 @@ constexpr GemmConfig choose_config(const GemmProblem& problem) {
     const int64_t likely = std::min(problem.num_rows, mean + 3 * deviation);
     if (likely <= 64) {
         const int max_tokens = static_cast<int>((likely + 7) / 8 * 8);
-        return with_stages(GemmKernel::kNarrow, std::max(max_tokens, 8));
+        return with_stages(GemmKernel::kNarrow, std::max(max_tokens, 8), 16);
     }
     // Multiples of 64: the copy engine brings so many rows at a time.
-    return with_stages(GemmKernel::kWide, likely <= 128 ? 128 : 192);
+    const int max_tokens = likely <= 128 ? 128 : 192;
+    // A pair splits the rows of a group in two, or four, or six: with two tiles to split anyway.
+    const GemmKernel kernel = likely <= 2 * max_tokens ? GemmKernel::kWide : GemmKernel::kPair;
+    return with_stages(kernel, max_tokens, row_tiles_in_cache(max_tokens, problem.k_dim));
 }
 
 }  // namespace moecore::cuda

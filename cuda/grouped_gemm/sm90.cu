@@ -1,10 +1,10 @@
 // Grouped GEMM for Hopper: wgmma, weights by the copy engine, rows gathered on the way in.
 //
-//   reads   N * K weights of every group with rows (again for each further tile of its rows, then
-//           mostly from L2), R * K input elements for every tile of weight rows, mostly from L2
+//   reads   N * K weights of every group with rows (again for each further tile or pair of tiles of
+//           its rows, then mostly from L2), R * K input elements for every tile of weight rows, mostly from L2
 //   writes  R * N (gated: R * N / 2) elements
 //
-// Persistent blocks walk tiles of weight rows x rows. Weights are the first operand of wgmma and
+// Persistent blocks, or pairs of them, walk tiles of weight rows x rows. Weights are the first operand of wgmma and
 // rows the second, so a tile has any multiple of 8 or 16 rows, and one kernel serves decode and
 // prefill. Every output is one accumulator that runs through K in order: its bits depend on neither
 // tile nor batch. Needs sm_90a.
@@ -21,8 +21,9 @@
 namespace moecore::cuda::sm90 {
 namespace {
 
-using Narrow = TileShape<2, 1, 64, 8, 4, 2>;
-using Wide = TileShape<2, 2, 192, 16, 1, 1>;
+using Narrow = TileShape<2, 1, 64, 8, 4, 2, 1>;
+using Wide = TileShape<2, 2, 192, 16, 1, 1, 1>;
+using Pair = TileShape<2, 2, 192, 16, 1, 1, 2>;
 
 /// The driver's cuTensorMapEncodeTiled, found through the runtime: nothing links to the driver.
 PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
@@ -99,13 +100,17 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
     params.num_k_blocks = static_cast<int>(ceil_div(args.k_dim, BLOCK_K));
     params.is_output_aligned = is_multiple_of_16(args.output) && args.output_stride % 8 == 0;
     params.are_weights_shared = args.num_rows > int64_t{config.max_tokens} * args.num_groups;
-    params.copies_rows = config.kernel == GemmKernel::kWide && args.sorted_slots == nullptr &&
+    // Weights that are read once come at the memory's speed, and need every stage they can get.
+    constexpr int kShortProducts = 32;  // rows
+    params.frees_early = !params.are_weights_shared && config.max_tokens > kShortProducts;
+    params.copies_rows = config.kernel != GemmKernel::kNarrow && args.sorted_slots == nullptr &&
                          config.max_tokens % kBoxRows == 0;
     params.grid.expert_offsets = args.expert_offsets;
     params.grid.num_groups = args.num_groups;
     params.grid.num_rows = static_cast<int>(args.num_rows);
     params.grid.max_tokens = config.max_tokens;
     params.grid.num_weight_tiles = static_cast<int>(ceil_div(args.n, Shape::kWeightRows));
+    params.grid.sharing = ceil_div(config.sharing, Shape::kCluster);
 
     int device = 0, num_multiprocessors = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
@@ -118,15 +123,17 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
                                static_cast<int>(ring_bytes(config.kernel)) + kRingAlignment),
           "cudaFuncSetAttribute");
     // Every group that has rows can end in one tile that is not full.
-    const int64_t most_tiles =
-        (args.num_rows / config.max_tokens + std::min<int64_t>(args.num_rows, args.num_groups)) *
-        params.grid.num_weight_tiles;
-    const int64_t blocks =
-        std::min<int64_t>(most_tiles, num_multiprocessors * Shape::kResidentBlocks);
-    launch_dependent("grouped_gemm", kernel, dim3(static_cast<unsigned>(blocks)),
-                     dim3(Shape::kThreads), static_cast<size_t>(shared_bytes), stream, params,
-                     map_weights(args, Shape::kWeightRows),
-                     params.copies_rows ? map_rows(args) : CUtensorMap{});
+    const int64_t most_sets = (args.num_rows / (config.max_tokens * Shape::kCluster) +
+                               std::min<int64_t>(args.num_rows, args.num_groups)) *
+                              params.grid.num_weight_tiles;
+    const int64_t clusters = std::min<int64_t>(
+        most_sets, num_multiprocessors * Shape::kResidentBlocks / Shape::kCluster);
+    params.claims_tiles = args.work_counters != nullptr && most_sets > clusters;
+    launch_dependent_clusters(
+        "grouped_gemm", kernel, dim3(static_cast<unsigned>(clusters * Shape::kCluster)),
+        dim3(Shape::kThreads), Shape::kCluster, static_cast<size_t>(shared_bytes), stream, params,
+        map_weights(args, Shape::kWeightRows / Shape::kCluster),
+        params.copies_rows ? map_rows(args) : CUtensorMap{});
 }
 
 template <typename Shape>
@@ -166,6 +173,7 @@ const char* why_not(const GroupedGemmArgs& args) {
 }
 
 void grouped_gemm(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream) {
+    if (config.kernel == GemmKernel::kPair) return launch_shape<Pair>(args, config, stream);
     if (config.kernel == GemmKernel::kWide) return launch_shape<Wide>(args, config, stream);
     return launch_shape<Narrow>(args, config, stream);
 }

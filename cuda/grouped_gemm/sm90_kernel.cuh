@@ -38,8 +38,15 @@ __device__ __forceinline__ void multiply(const Params& params, Stage& stage, int
                                    ptx::swizzled_tile(weights + block * 64 * kRowBytes + step * 32),
                                    ptx::swizzled_tile(rows + step * 32));
         ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();
-        if (held >= 0 && is_leader) ptx::barrier_arrive(stage.empty(held));
+        // Products in the queue keep the tensor cores busy, stages given back keep the memory busy.
+        // The other warpgroup's products are there in either case.
+        if (params.frees_early) {
+            ptx::wgmma_wait<0>();
+            held = k + 1 < params.num_k_blocks ? stage.index() : -1;
+        } else {
+            ptx::wgmma_wait<1>();
+        }
+        if (held >= 0 && is_leader) stage.template release<Shape::kCluster>(held);
         held = stage.index();
         stage.advance();
     }
@@ -69,7 +76,7 @@ __device__ void skip(const Params& params, Stage& stage) {
     for (int k = 0; k < params.num_k_blocks; ++k) {
         stage.wait_full();
         __syncwarp();
-        if (is_leader) ptx::barrier_arrive(stage.empty(stage.index()));
+        if (is_leader) stage.template release<Shape::kCluster>(stage.index());
         stage.advance();
     }
 }
@@ -113,12 +120,12 @@ __device__ void consume(const Params& params, Stage stage, int consumer) {
             const uint32_t staging =
                 last.weights() + consumer * (Shape::kWeightBytes / Shape::kConsumers);
             store_bfloat16<kIsGated, Shape>(params, tile, place, staging, consumer, value);
-            ptx::fence_async_proxy();  // the copy engine overwrites what was read and written here
+            ptx::cluster_fence_async_proxy();  // copies overwrite what was read and written here
         } else {
             store_float32<kIsGated, Shape>(args, tile, place, value);
         }
         __syncwarp();
-        if (is_leader) ptx::barrier_arrive(last.empty(last.index()));
+        if (is_leader) last.template release<Shape::kCluster>(last.index());
     }
 }
 
@@ -141,11 +148,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
         const int num_arrivals = 1 + (params.copies_rows ? 0 : kGatherThreads);
         for (int i = 0; i < params.num_stages; ++i) {
             ptx::barrier_init(ptx::shared_address(&state.full[i]), num_arrivals);
-            ptx::barrier_init(ptx::shared_address(&state.empty[i]), 4 * Shape::kConsumers);
+            ptx::barrier_init(ptx::shared_address(&state.empty[i]),
+                              4 * Shape::kConsumers * Shape::kCluster);
+        }
+        for (int i = 0; i < kClaims; ++i) {
+            ptx::barrier_init(ptx::shared_address(&state.claims.full[i]), 1);
+            ptx::barrier_init(ptx::shared_address(&state.claims.empty[i]),
+                              num_claim_takers<Shape>(params));
         }
         ptx::fence_barrier_init();
     }
-    __syncthreads();  // barriers exist
+    if constexpr (Shape::kCluster > 1)
+        cluster_sync();  // barriers exist, in every block
+    else
+        __syncthreads();  // barriers exist
     wait_for_predecessors();
     allow_dependents();
 
@@ -156,13 +172,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
         if constexpr (kMovesRegisters) ptx::shrink_registers<kProducerRegisters>();
         if (warp == 0)
             produce_boxes<kActivation != Activation::kNone, Shape>(params, weights_map, rows_map,
-                                                                   stage);
+                                                                   stage, state.claims);
         else if (!params.copies_rows)
-            produce_rows<Shape>(params, stage);
+            produce_rows<Shape>(params, stage, state.claims);
     } else {
         if constexpr (kMovesRegisters) ptx::grow_registers<kConsumerRegisters>();
         consume<kActivation, Shape>(params, stage, group - 1);
     }
+    if constexpr (Shape::kCluster > 1)
+        cluster_sync();  // nobody copies to this block, or arrives at its barriers, any more
 }
 
 }  // namespace moecore::cuda::sm90

@@ -13,26 +13,41 @@ namespace moecore::cuda::sm90 {
 /// begins. The last box of rows may reach past the tile; what it brings is multiplied, not stored.
 template <bool kIsGated, typename Shape>
 __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
-                              const CUtensorMap& rows_map, Stage stage) {
+                              const CUtensorMap& rows_map, Stage stage, ClaimQueue& claims) {
     constexpr int kBoxBytes = kBoxRows * kRowBytes;
     const bool is_leader = threadIdx.x % kWarpSize == 0;
     // Weights that several tiles of rows share should stay for the next.
     const ptx::Keep keep = params.are_weights_shared ? ptx::Keep::kNormal : ptx::Keep::kBriefly;
     typename Shape::Walker walker(params.grid);
+    ClaimPlace<Shape::kCluster> claim(claims);
+    const int num_clusters = static_cast<int>(gridDim.x) / Shape::kCluster;
+    const int rank = Shape::kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+    constexpr int kPartBytes = Shape::kWeightBytes / Shape::kCluster;
     Tile tile;
-    for (int index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
+    int index = static_cast<int>(blockIdx.x) / Shape::kCluster;
+    while (walker.find(index, tile)) {
+        index += num_clusters;
         if (is_leader) {
             // Rows of a box come in eights; gated: eight of gate, the same eight of up.
-            const int eights = tile.weight_tile * (Shape::kWeightRows / (kIsGated ? 16 : 8));
+            constexpr int kEights = Shape::kWeightRows / (kIsGated ? 16 : 8);
+            const int eights = tile.weight_tile * kEights + rank * (kEights / Shape::kCluster);
             const int row_boxes = params.copies_rows ? ceil_div(tile.num_rows, kBoxRows) : 0;
             for (int k = 0; k < params.num_k_blocks; ++k) {
+                // The answer to a claim comes while the ring still has work.
+                if (params.claims_tiles && rank == 0 && k == params.num_k_blocks - 1)
+                    index = claim_tile(params.args.work_counters, num_clusters);
                 stage.wait_empty();
                 if (k == 0) stage.tile() = tile;
                 ptx::barrier_arrive_expect(stage.full(),
                                            Shape::kWeightBytes + row_boxes * kBoxBytes);
                 const int box[5] = {k * BLOCK_K, 0, kIsGated ? 0 : eights, kIsGated ? eights : 0,
                                     tile.group};
-                ptx::copy_box(stage.weights(), map, box, stage.full(), keep);
+                if constexpr (Shape::kCluster > 1)
+                    ptx::copy_box_to((1u << Shape::kCluster) - 1,
+                                     stage.weights() + rank * kPartBytes, map, box, stage.full(),
+                                     keep);
+                else
+                    ptx::copy_box(stage.weights(), map, box, stage.full(), keep);
                 for (int i = 0; i < row_boxes; ++i) {
                     const int rows[2] = {k * BLOCK_K, tile.first_row + i * kBoxRows};
                     ptx::copy_box(stage.weights() + Shape::kWeightBytes + i * kBoxBytes, rows_map,
@@ -40,21 +55,26 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
                 }
                 stage.advance();
             }
+            if (params.claims_tiles && rank == 0 && (Shape::kCluster > 1 || !params.copies_rows))
+                claim.put(index);
         }
-        __syncwarp();
+        if (params.claims_tiles)
+            index = rank == 0 ? __shfl_sync(0xffffffffu, index, 0) : claim.take();
     }
     if (is_leader) {
+        if (params.claims_tiles) end_claims(params.args.work_counters);
         stage.wait_empty();
         stage.tile() = tile;  // there are no more
         ptx::barrier_arrive(stage.full());
     }
+    __syncwarp();
 }
 
 /// Gathers input rows (for a slot outside input, its first row) in the layout of swizzled_tile;
 /// what follows a tile's last row is left as it is, because no row of output depends on another's
 /// input. Eight threads copy a row's 128 bytes.
 template <typename Shape>
-__device__ void produce_rows(const Params& params, Stage stage) {
+__device__ void produce_rows(const Params& params, Stage stage, ClaimQueue& claims) {
     constexpr int kRowsPerPass = kGatherThreads / 8;
     constexpr int kPasses = ceil_div(Shape::kMaxTokens, kRowsPerPass);
     static_assert(kRowsPerPass % 4 == 0, "two passes are a multiple of 8 rows");
@@ -69,8 +89,11 @@ __device__ void produce_rows(const Params& params, Stage stage) {
     const uint32_t odd = first_row * kRowBytes + ((chunk ^ (first_row + kRowsPerPass) % 8) << 4);
 
     typename Shape::Walker walker(params.grid);
+    ClaimPlace<Shape::kCluster> claim(claims);
+    const int num_clusters = static_cast<int>(gridDim.x) / Shape::kCluster;
     Tile tile;
-    for (int index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
+    for (int index = static_cast<int>(blockIdx.x) / Shape::kCluster; walker.find(index, tile);
+         index = params.claims_tiles ? claim.take() : index + num_clusters) {
         // 1. Look up this thread's rows, in 16 bytes from the start of input.
         uint32_t source[kPasses];
 #pragma unroll

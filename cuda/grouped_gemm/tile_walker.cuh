@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/cluster.cuh"
 #include "common/launch.cuh"
 
 namespace moecore::cuda::sm90 {
@@ -24,21 +25,24 @@ struct TileGrid {
     int num_rows;    ///< offsets are kept within it
     int max_tokens;  ///< rows of the largest tile
     int num_weight_tiles;
+    int sharing;  ///< sets of row tiles that take a weight tile in turn before the next one
 };
 
-/// Tiles are counted group by group. Within a group 16 row tiles share each weight tile before the
-/// next one's turn, so that blocks which run at the same time read the same memory. A group's rows
-/// are split evenly among its tiles, in multiples of kRowStep.
+/// Tiles are counted group by group. Within a group `sharing` row tiles take each weight tile
+/// before the next one's turn, so that blocks which run at the same time read the same memory. A
+/// group's rows are split evenly among its tiles, in multiples of kRowStep. The kCluster blocks of
+/// a cluster take as many neighbouring row tiles at a time: their number is a multiple of it, and
+/// the last may be empty. What is counted are such sets.
 ///
 /// Held by a warp: lane l knows kGroupsPerLane neighbouring groups of the current batch of
 /// 32 * kGroupsPerLane groups.
-template <int kGroupsPerLane, int kRowStep>
+template <int kGroupsPerLane, int kRowStep, int kCluster>
 class TileWalker {
 public:
     __device__ explicit TileWalker(const TileGrid& grid) : grid_(grid) { load_batch(); }
 
-    /// Finds tile `index`. All lanes call with the same index, not below that of the call before.
-    /// Returns false, and a tile whose group is -1, if there are fewer tiles.
+    /// Finds this block's tile of set `index`. All lanes call with the same index, not below that
+    /// of the call before. Returns false, and a tile whose group is -1, if there are fewer tiles.
     __device__ bool find(int index, Tile& tile) {
         while (index >= batch_first_ + batch_tiles_) {
             batch_first_ += batch_tiles_;
@@ -72,16 +76,18 @@ public:
         within = __shfl_sync(kAllLanes, within, owner);
 
         // 2. Its place within the group.
-        const int row_tiles = ceil_div(rows, grid_.max_tokens);
-        const int sharing = kSharing * grid_.num_weight_tiles;
-        const int first_row_tile = within / sharing * kSharing;
-        const int width = min(kSharing, row_tiles - first_row_tile);
+        const int row_sets = num_row_sets(rows);
+        const int sharing = grid_.sharing * grid_.num_weight_tiles;
+        const int first_row_set = within / sharing * grid_.sharing;
+        const int width = min(grid_.sharing, row_sets - first_row_set);
         const int rest = within % sharing;
-        const int step = ceil_div(ceil_div(rows, row_tiles), kRowStep) * kRowStep;
-        const int skipped_rows = (first_row_tile + rest % width) * step;
+        const int step = ceil_div(ceil_div(rows, row_sets * kCluster), kRowStep) * kRowStep;
+        const int row_tile = (first_row_set + rest % width) * kCluster +
+                             (kCluster > 1 ? static_cast<int>(cluster_rank()) : 0);
+        const int skipped_rows = row_tile * step;
         tile.group = group;
         tile.first_row = first + skipped_rows;
-        tile.num_rows = min(step, rows - skipped_rows);
+        tile.num_rows = max(min(step, rows - skipped_rows), 0);
         tile.weight_tile = rest / width;
         return true;
     }
@@ -89,13 +95,15 @@ public:
 private:
     static constexpr int kLanes = 32;
     static constexpr unsigned kAllLanes = 0xffffffffu;
-    static constexpr int kSharing = 16;
 
     __device__ static int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
 
+    __device__ int num_row_sets(int rows) const {
+        return ceil_div(rows, grid_.max_tokens * kCluster);
+    }
     /// Of a group with that many rows. A decreasing offset makes an empty group.
     __device__ int num_tiles(int rows) const {
-        return ceil_div(max(rows, 0), grid_.max_tokens) * grid_.num_weight_tiles;
+        return num_row_sets(max(rows, 0)) * grid_.num_weight_tiles;
     }
 
     __device__ int boundary(int group) const {

@@ -22,7 +22,7 @@ void every_choice_fits_into_shared_memory() {
         for (int64_t num_rows = 1; num_rows <= int64_t{1} << 20; num_rows += 1 + num_rows / 7) {
             const std::string problem = concat(num_rows, " rows of ", num_groups, " groups");
             const GemmConfig config = choose(num_rows, num_groups);
-            const bool is_wide = config.kernel == GemmKernel::kWide;
+            const bool is_wide = config.kernel != GemmKernel::kNarrow;
             expect(config.kernel != GemmKernel::kSimple, problem);
             const int most = is_wide ? 192 : 64;
             expect(config.max_tokens >= 8 && config.max_tokens <= most, problem);
@@ -30,6 +30,7 @@ void every_choice_fits_into_shared_memory() {
             expect(config.num_stages >= 3 && config.num_stages <= 12, problem);
             const int64_t stage = kRowBytes * (weight_rows(config.kernel) + config.max_tokens);
             expect(config.num_stages * stage <= ring_bytes(config.kernel), problem);
+            expect(config.sharing >= 1 && config.sharing <= 16, problem);
         }
     }
 }
@@ -54,8 +55,21 @@ void real_models_decode_narrow_and_prefill_wide() {
         expect(choose(model.top_k, model.num_experts).kernel == GemmKernel::kNarrow, "T = 1");
         expect(choose(32 * model.top_k, model.num_experts).kernel == GemmKernel::kNarrow, "T = 32");
         const GemmConfig prefill = choose(4096 * model.top_k, model.num_experts);
-        expect(prefill.kernel == GemmKernel::kWide && prefill.max_tokens >= 160, "T = 4096");
+        expect(prefill.kernel != GemmKernel::kNarrow && prefill.max_tokens >= 160, "T = 4096");
     }
+}
+
+void groups_of_more_than_two_tiles_take_pairs() {
+    expect(choose(8 * 256, 8).kernel == GemmKernel::kWide, "256 rows a group");
+    expect(choose(8 * 1024, 8).kernel == GemmKernel::kPair, "1024 rows a group");
+    expect(choose(385, 1).kernel == GemmKernel::kPair, "one group of 385 rows");
+    expect(choose(384, 1).kernel == GemmKernel::kWide, "one group of 384 rows");
+}
+
+void row_tiles_that_share_weights_fit_into_the_cache() {
+    expect(row_tiles_in_cache(192, 2048) == 16, "K = 2048: as many as are ever taken");
+    expect(row_tiles_in_cache(192, 7168) == 6, "K = 7168: 2.75 MB each");
+    expect(row_tiles_in_cache(192, 1 << 20) == 1, "a K of which not one fits");
 }
 
 }  // namespace
@@ -65,6 +79,10 @@ void add_gemm_config_tests(std::vector<Test>& tests) {
                      every_choice_fits_into_shared_memory});
     tests.push_back(
         {"gemm_config: more rows never take a smaller tile", more_rows_never_take_a_smaller_tile});
+    tests.push_back({"gemm_config: groups of more than two tiles take pairs",
+                     groups_of_more_than_two_tiles_take_pairs});
+    tests.push_back({"gemm_config: row tiles that share weights fit into the cache",
+                     row_tiles_that_share_weights_fit_into_the_cache});
     tests.push_back({"gemm_config: real models decode narrow and prefill wide",
                      real_models_decode_narrow_and_prefill_wide});
 }

@@ -15,6 +15,8 @@ public:
     Buffer() = default;
     /// Throws std::bad_alloc (CPU), CudaError (CUDA), or UnsupportedError in a build without CUDA.
     Buffer(Device device, size_t bytes);
+    /// Of zeros. A CUDA buffer is ready for any stream.
+    static Buffer zeros(Device device, size_t bytes);
     ~Buffer();
     Buffer(Buffer&& other) noexcept;
     Buffer& operator=(Buffer&& other) noexcept;

@@ -59,6 +59,10 @@ struct GroupedGemmWeights {
 /// expert_offsets  [G + 1] int64, non-decreasing, first >= 0
 /// sorted_slots    [>= R] int32, or absent
 /// output          [>= R, N], or [>= R, N / 2] if gated; float32 or bfloat16, rows contiguous
+/// work_counters   [>= 2] int32 zeros, or absent. On CUDA they let blocks take tiles in the order in
+///                 which they get free, instead of every n-th: the same bits, and less memory
+///                 traffic where there are many rows. They are zeros again afterwards, so that one
+///                 call at a time may use them.
 /// Throws InvalidArgument if a shape, dtype, stride or device is not as above, an offset or slot
 /// points outside its tensor (checked on the CPU), or output overlaps an input. On CUDA, where the
 /// host never sees them, offsets are kept within the rows of the tensors and a slot outside the
@@ -67,7 +71,8 @@ struct GroupedGemmWeights {
 void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const TensorView& bias, const TensorView& expert_offsets,
                   const TensorView& sorted_slots, int slots_per_token,
-                  const GroupedGemmConfig& config, const TensorView& output, Stream stream = {});
+                  const GroupedGemmConfig& config, const TensorView& output, Stream stream = {},
+                  const TensorView& work_counters = {});
 
 /// output = input @ weight.T + bias: grouped_gemm with one group over every row of `input`. Use it
 /// where a row's bits must not depend on the batch.

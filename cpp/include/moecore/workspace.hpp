@@ -12,11 +12,16 @@ namespace moecore {
 /// owns the bytes. Not thread-safe; one Workspace per caller.
 class Workspace {
 public:
-    Workspace(Device device, size_t bytes) : buffer_(device, bytes) {}
+    Workspace(Device device, size_t bytes);
 
     /// A contiguous view of uninitialised memory, valid until the next reset() or grow().
     /// Throws InvalidArgument when the workspace has too few bytes left.
     TensorView take(DType dtype, std::initializer_list<int64_t> shape);
+
+    /// [kNumCounters] int32 for kernels that hand out their work by counting; not defined on the
+    /// CPU. They are zero between launches: who counts in them sets them back.
+    TensorView counters() const;
+    static constexpr int64_t kNumCounters = 4;
 
     void reset() noexcept { used_ = 0; }
 
@@ -31,6 +36,7 @@ public:
 
 private:
     Buffer buffer_;
+    Buffer counters_;
     size_t used_ = 0;
 };
 

@@ -155,7 +155,8 @@ GroupedGemmArgs build_args(const Check& check, const TensorView& input, const ch
 void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const TensorView& bias, const TensorView& expert_offsets,
                   const TensorView& sorted_slots, int slots_per_token,
-                  const GroupedGemmConfig& config, const TensorView& output, Stream stream) {
+                  const GroupedGemmConfig& config, const TensorView& output, Stream stream,
+                  const TensorView& work_counters) {
     const Check check("grouped_gemm");
     WeightSizes sizes{};
     GroupedGemmArgs args = build_args(check, input, "weights", weights, config, output, sizes);
@@ -175,6 +176,15 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
         check.no_overlap("output", output, "sorted_slots", sorted_slots);
         args.sorted_slots = sorted_slots.as<int32_t>();
         args.slots_per_token = slots_per_token;
+    }
+    if (work_counters.defined()) {
+        check.dtype("work_counters", work_counters, {DType::kInt32});
+        check.shape("work_counters", work_counters, {Check::kAny});
+        check.that(work_counters.shape[0] >= 2, "work_counters must have 2 elements or more, got ",
+                   work_counters.shape[0]);
+        check.contiguous("work_counters", work_counters);
+        check.device("work_counters", work_counters, input.device);
+        args.work_counters = work_counters.as<int32_t>();
     }
     if (input.device.type == DeviceType::kCpu)
         check_rows(check, expert_offsets, sorted_slots, slots_per_token, input.shape[0],

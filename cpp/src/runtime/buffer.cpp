@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -30,6 +31,19 @@ Buffer::Buffer(Device device, size_t bytes) : bytes_(bytes), device_(device) {
     if (bytes == 0) return;
     data_ = device.type == DeviceType::kCuda ? cuda::allocate(device.index, bytes)
                                              : allocate_cpu(bytes);
+}
+
+Buffer Buffer::zeros(Device device, size_t bytes) {
+    if (device.type == DeviceType::kCpu) {
+        Buffer buffer(device, bytes);
+        std::memset(buffer.data_, 0, bytes);
+        return buffer;
+    }
+    Buffer buffer;
+    buffer.device_ = device;
+    buffer.data_ = cuda::allocate_zeros(device.index, bytes);
+    buffer.bytes_ = bytes;
+    return buffer;
 }
 
 Buffer::~Buffer() {

@@ -183,12 +183,10 @@ void MoELayer::forward_routed(const TensorView& hidden_states, const TensorView&
 
 bool MoELayer::gathers_first(int64_t num_slots, Device device) const {
     // From about so many rows an expert on, Hopper's tiles are wide, and its copy engine brings
-    // rows that lie side by side faster than threads gather them, by 4 to 8 % of the GEMM. That
-    // pays for a gather as long as what it writes stays near: an H100's L2 holds 50 MB.
-    constexpr int64_t kRowsOfExpert = 48, kNearBytes = 96 << 20;
-    const int64_t bytes =
-        num_slots * config_.hidden_size * static_cast<int64_t>(size_of(config_.dtype));
-    return device.type == DeviceType::kCuda && bytes <= kNearBytes &&
+    // rows that lie side by side faster than threads gather them, by about a twelfth of the GEMM.
+    // The GEMM has 4 * inner flops for each element that a gather moves; it pays from about here.
+    constexpr int64_t kRowsOfExpert = 48, kInner = 2048;
+    return device.type == DeviceType::kCuda && config_.intermediate_size >= kInner &&
            num_slots >= kRowsOfExpert * config_.num_local_experts;
 }
 
@@ -205,6 +203,7 @@ void MoELayer::run_experts(const TensorView& hidden_states, const SortedSlots& s
                            Workspace& workspace, Stream stream) const {
     const int64_t num_slots = sorted.slots.num_elements();
     const int top_k = config_.routing.top_k;
+    const TensorView counters = workspace.counters();
 
     // 1. Both GEMMs of the experts. The gather happens inside the first, or before it into memory
     //    that the second overwrites.
@@ -213,13 +212,13 @@ void MoELayer::run_experts(const TensorView& hidden_states, const SortedSlots& s
     if (gathers_first(num_slots, hidden_states.device)) {
         gather_rows(hidden_states, sorted.slots, rows, stream, top_k);
         grouped_gemm(rows, weights_.gate_up, weights_.gate_up_bias, sorted.expert_offsets, {}, 1,
-                     config_.activation, inner, stream);
+                     config_.activation, inner, stream, counters);
     } else {
         grouped_gemm(hidden_states, weights_.gate_up, weights_.gate_up_bias, sorted.expert_offsets,
-                     sorted.slots, top_k, config_.activation, inner, stream);
+                     sorted.slots, top_k, config_.activation, inner, stream, counters);
     }
     grouped_gemm(inner, weights_.down, weights_.down_bias, sorted.expert_offsets, {}, 1, {}, rows,
-                 stream);
+                 stream, counters);
 
     // 2. The shared expert, then every token's sum.
     TensorView shared_scale;

@@ -7,6 +7,16 @@ namespace {
 constexpr size_t kAlignment = 256;
 }
 
+Workspace::Workspace(Device device, size_t bytes) : buffer_(device, bytes) {
+    if (device.type == DeviceType::kCuda)
+        counters_ = Buffer::zeros(device, static_cast<size_t>(kNumCounters) * sizeof(int32_t));
+}
+
+TensorView Workspace::counters() const {
+    if (counters_.data() == nullptr) return {};
+    return TensorView(counters_.data(), DType::kInt32, {kNumCounters}, device());
+}
+
 size_t Workspace::bytes_for(DType dtype, std::initializer_list<int64_t> shape) {
     size_t bytes = size_of(dtype);
     for (const int64_t size : shape) bytes *= static_cast<size_t>(size);

@@ -33,6 +33,7 @@ struct GroupedGemmArgs {
     DType dtype;  ///< of input and weights
     DType bias_dtype;
     DType output_dtype;
+    int32_t* work_counters;  ///< [2] zeros, before and after; or nullptr
     GroupedGemmConfig config;
 };
 

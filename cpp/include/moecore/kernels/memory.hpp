@@ -7,6 +7,8 @@ namespace moecore::cuda {
 
 /// Memory of GPU `device`. Throws CudaError.
 void* allocate(int device, size_t bytes);
+/// The same, of zeros; waits for the device.
+void* allocate_zeros(int device, size_t bytes);
 void deallocate(void* data, int device) noexcept;
 
 /// Makes `device` current, and the previous device again at the end of the scope: launches go to

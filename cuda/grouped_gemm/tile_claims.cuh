@@ -1,0 +1,84 @@
+#pragma once
+
+// Which tile a block takes next: every n-th of n blocks, or the next that nobody has taken.
+//
+// Blocks drift apart, since neither tiles nor multiprocessors are quite alike. With every n-th tile
+// they end far apart in the list, and weights and rows that neighbouring tiles share have left L2
+// before the last block reads them. Taken in the order in which blocks get free, neighbours run at
+// about the same time.
+
+#include <cstdint>
+
+#include "common/cluster.cuh"
+#include "common/ptx_sm90.cuh"
+
+namespace moecore::cuda::sm90 {
+
+constexpr int kClaims = 4;  ///< on their way at a time
+
+/// Claimed tiles on their way from the warp that claims them to the other producers of the cluster.
+struct ClaimQueue {
+    uint64_t full[kClaims];   ///< one arrival
+    uint64_t empty[kClaims];  ///< of the cluster's first block: one arrival a taking warp
+    int index[kClaims];
+};
+
+/// A place in the queue, and the parity of its next phase.
+template <int kCluster>
+class ClaimPlace {
+public:
+    __device__ explicit ClaimPlace(ClaimQueue& queue) : queue_(queue) {}
+
+    /// One thread of the cluster's first block. Waits until the place is free.
+    __device__ void put(int index) {
+        ptx::cluster_barrier_wait(ptx::shared_address(&queue_.empty[place_]), parity_ ^ 1u);
+#pragma unroll
+        for (unsigned rank = 0; rank < kCluster; ++rank) {
+            const auto there = [&](const auto& mine) {
+                return ptx::address_in(ptx::shared_address(&mine), rank);
+            };
+            ptx::cluster_store(there(queue_.index[place_]), index);
+            ptx::cluster_barrier_release(there(queue_.full[place_]));
+        }
+        advance();
+    }
+    /// All lanes of a warp.
+    __device__ int take() {
+        ptx::cluster_barrier_wait(ptx::shared_address(&queue_.full[place_]), parity_);
+        const int index = *static_cast<const volatile int*>(&queue_.index[place_]);
+        __syncwarp();  // all lanes have read it
+        if (threadIdx.x % 32 == 0)
+            ptx::cluster_barrier_release(
+                ptx::address_in(ptx::shared_address(&queue_.empty[place_]), 0));
+        advance();
+        return index;
+    }
+
+private:
+    __device__ void advance() {
+        if (++place_ == kClaims) {
+            place_ = 0;
+            parity_ ^= 1u;
+        }
+    }
+
+    ClaimQueue& queue_;
+    int place_ = 0;
+    uint32_t parity_ = 0;
+};
+
+/// The next that nobody has taken, after the `num_first` that needed no claim. `counters`: zeros at
+/// first.
+__device__ inline int claim_tile(int32_t* counters, int num_first) {
+    return num_first + atomicAdd(counters, 1);
+}
+
+/// Called once by every block, after its last claim: the last one sets the counters back.
+__device__ inline void end_claims(int32_t* counters) {
+    __threadfence();  // claims come before
+    if (atomicAdd(counters + 1, 1) + 1 < static_cast<int>(gridDim.x)) return;
+    counters[0] = 0;
+    counters[1] = 0;
+}
+
+}  // namespace moecore::cuda::sm90
