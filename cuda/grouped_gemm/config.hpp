@@ -67,10 +67,10 @@ constexpr GemmConfig choose_config(const GemmProblem& problem) {
         const int max_tokens = static_cast<int>((likely + 7) / 8 * 8);
         return with_stages(GemmKernel::kNarrow, std::max(max_tokens, 8), 16);
     }
-    // Multiples of 64: the copy engine brings so many rows at a time.
-    const int max_tokens = likely <= 128 ? 128 : 192;
+    // Multiples of 32: the copy engine brings so many rows at a time.
+    const int max_tokens = static_cast<int>(std::clamp<int64_t>((likely + 31) / 32 * 32, 96, 192));
     // A pair splits the rows of a group in two, or four, or six: with two tiles to split anyway.
-    const GemmKernel kernel = likely <= 2 * max_tokens ? GemmKernel::kWide : GemmKernel::kPair;
+    const GemmKernel kernel = likely <= 384 ? GemmKernel::kWide : GemmKernel::kPair;
     return with_stages(kernel, max_tokens, row_tiles_in_cache(max_tokens, problem.k_dim));
 }
 

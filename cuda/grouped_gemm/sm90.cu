@@ -1,13 +1,14 @@
 // Grouped GEMM for Hopper: wgmma, weights by the copy engine, rows gathered on the way in.
 //
 //   reads   N * K weights of every group with rows (again for each further tile or pair of tiles of
-//           its rows, then mostly from L2), R * K input elements for every tile of weight rows, mostly from L2
+//           its rows, then mostly from L2), R * K input elements for every tile of weight rows,
+//           mostly from L2
 //   writes  R * N (gated: R * N / 2) elements
 //
-// Persistent blocks, or pairs of them, walk tiles of weight rows x rows. Weights are the first operand of wgmma and
-// rows the second, so a tile has any multiple of 8 or 16 rows, and one kernel serves decode and
-// prefill. Every output is one accumulator that runs through K in order: its bits depend on neither
-// tile nor batch. Needs sm_90a.
+// Persistent blocks, or pairs of them, walk tiles of weight rows x rows. Weights are the first
+// operand of wgmma and rows the second, so a tile has any multiple of 8 or 16 rows, and one kernel
+// serves decode and prefill. Every output is one accumulator that runs through K in order: its bits
+// depend on neither tile nor batch. Needs sm_90a.
 
 #include "grouped_gemm/sm90.hpp"
 

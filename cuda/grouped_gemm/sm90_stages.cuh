@@ -20,7 +20,7 @@ constexpr int kGatherWarps = 3;         ///< of the producers; the fourth loads 
 constexpr int kGatherThreads = kGatherWarps * kWarpSize;
 constexpr int kMaxStages = 12;
 constexpr int kRingAlignment = 1024;  ///< of the swizzle
-constexpr int kBoxRows = 64;          ///< of input that the copy engine brings at a time
+constexpr int kBoxRows = 32;          ///< of input that the copy engine brings at a time
 
 /// A tile's shape: kConsumers warpgroups, each with kBlocks times 64 weight rows, times up to
 /// kMaxTokens rows in multiples of kRowStep. The kCluster blocks of a cluster have the same weights
