@@ -108,8 +108,8 @@ RankOptions take_rank_options(int& argc, char** argv) {
     argc = kept;
     if (options.ranks < 1) fail("--ranks must be >= 1");
     if (options.transport != "in_process" && options.transport != "shm" &&
-        options.transport != "nccl")
-        fail("--transport must be in_process, shm or nccl, got " + options.transport);
+        options.transport != "nccl" && options.transport != "peer")
+        fail("--transport must be in_process, shm, nccl or peer, got " + options.transport);
     return options;
 }
 
@@ -120,18 +120,22 @@ void run_group(const RankOptions& options, const std::function<void(Transport&)>
     } else {
         const Device device{options.cuda ? DeviceType::kCuda : DeviceType::kCpu, 0};
         const bool is_nccl = options.transport == "nccl";
-        auto hosts = make_in_process_transports(options.ranks, is_nccl ? Device{} : device);
+        const bool is_peer = options.transport == "peer";
+        const bool has_gpus = is_nccl || is_peer;
+        auto hosts = make_in_process_transports(options.ranks, has_gpus ? Device{} : device);
         const std::string id = is_nccl ? nccl_unique_id() : "";
-        const int gpus = is_nccl ? std::max(1, cuda::device_count()) : 1;
+        const int gpus = has_gpus ? std::max(1, cuda::device_count()) : 1;
         std::vector<std::function<std::unique_ptr<Transport>()>> make;
         for (int r = 0; r < options.ranks; ++r)
             make.push_back([&, r]() -> std::unique_ptr<Transport> {
                 auto host = std::move(hosts[static_cast<size_t>(r)]);
+                const Device own{DeviceType::kCuda, r % gpus};
+                if (is_peer) return make_peer_transport({.hosts = std::move(host), .device = own});
                 if (!is_nccl) return host;
                 return make_nccl_transport({.unique_id = id,
                                             .rank = r,
                                             .size = options.ranks,
-                                            .device = {DeviceType::kCuda, r % gpus},
+                                            .device = own,
                                             .hosts = std::move(host)});
             });
         status = run_threads(options, make, body);

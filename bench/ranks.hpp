@@ -11,7 +11,8 @@
 
 namespace moecore::bench {
 
-/// --ranks N, --transport in_process|shm|nccl, --cuda (virtual ranks on one GPU with in_process),
+/// --ranks N, --transport in_process|shm|nccl|peer, --cuda (virtual ranks on one GPU with
+/// in_process),
 /// --emulate GB/s,us, --trace FILE. Takes its options out of argv; exits with a message on a bad
 /// value.
 struct RankOptions {

@@ -63,12 +63,20 @@ OwnedStream::~OwnedStream() {
     cudaSetDevice(previous);
 }
 
-Event::Event(int device, bool is_timed) : device_(device) {
+Event::Event(int device, Use use) : device_(device) {
     const DeviceScope scope(device);
+    unsigned flags = use == Use::kTime ? cudaEventDefault : cudaEventDisableTiming;
+    if (use == Use::kShare) flags |= cudaEventInterprocess;
     cudaEvent_t event = nullptr;
-    check(cudaEventCreateWithFlags(&event, is_timed ? cudaEventDefault : cudaEventDisableTiming),
-          "cudaEventCreateWithFlags");
+    check(cudaEventCreateWithFlags(&event, flags), "cudaEventCreateWithFlags");
     handle_ = event;
+}
+
+Event Event::adopt(void* handle, int device) {
+    Event event;
+    event.handle_ = handle;
+    event.device_ = device;
+    return event;
 }
 
 Event::~Event() {

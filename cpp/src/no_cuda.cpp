@@ -12,6 +12,8 @@
 #include "moecore/kernels/memory.hpp"
 #include "moecore/kernels/norm_and_rotate.hpp"
 #include "moecore/kernels/paged_attention.hpp"
+#include "moecore/kernels/peer_memory.hpp"
+#include "moecore/kernels/plan_dispatch.hpp"
 #include "moecore/kernels/rms_norm.hpp"
 #include "moecore/kernels/rotary_embedding.hpp"
 #include "moecore/kernels/route_and_sort.hpp"
@@ -42,6 +44,8 @@ void rms_norm(const RmsNormArgs&, Stream) { throw_no_cuda("rms_norm"); }
 void norm_and_rotate(const NormAndRotateArgs&, Stream) { throw_no_cuda("norm_and_rotate"); }
 void rotary_embedding(const RotaryEmbeddingArgs&, Stream) { throw_no_cuda("rotary_embedding"); }
 
+void dispatch_bins(const DispatchBinsArgs&, Stream) { throw_no_cuda("dispatch_bins"); }
+void dispatch_lists(const DispatchListsArgs&, Stream) { throw_no_cuda("dispatch_lists"); }
 void write_kv_cache(const WriteKvCacheArgs&, Stream) { throw_no_cuda("write_kv_cache"); }
 void paged_attention(const PagedAttentionArgs&, Stream) { throw_no_cuda("paged_attention"); }
 
@@ -59,12 +63,23 @@ PinnedBuffer::~PinnedBuffer() {}
 void* PinnedBuffer::reserve(size_t) { throw_no_cuda("PinnedBuffer"); }
 OwnedStream::OwnedStream(int) { throw_no_cuda("OwnedStream"); }
 OwnedStream::~OwnedStream() {}
-Event::Event(int, bool) { throw_no_cuda("Event"); }
+Event::Event(int, Use) { throw_no_cuda("Event"); }
 Event::~Event() {}
 void Event::record(Stream) { throw_no_cuda("Event"); }
 bool Event::is_done() const { throw_no_cuda("Event"); }
 double elapsed_ms(const Event&, const Event&) { throw_no_cuda("elapsed_ms"); }
+Event Event::adopt(void*, int) { throw_no_cuda("Event"); }
 void wait_for(Stream, void*) { throw_no_cuda("wait_for"); }
+
+ExportedMemory export_memory(const void*) { throw_no_cuda("export_memory"); }
+PeerMemory::PeerMemory(const IpcHandle&) { throw_no_cuda("PeerMemory"); }
+PeerMemory::~PeerMemory() {}
+IpcHandle export_event(const Event&) { throw_no_cuda("export_event"); }
+Event open_event(const IpcHandle&, int) { throw_no_cuda("open_event"); }
+std::string bus_id(int) { throw_no_cuda("bus_id"); }
+int device_with(const std::string&) { throw_no_cuda("device_with"); }
+bool reach(int) { throw_no_cuda("reach"); }
+void wait_for_device() { throw_no_cuda("wait_for_device"); }
 
 std::string toolkit_version() { return ""; }
 

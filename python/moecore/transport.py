@@ -141,6 +141,35 @@ class Transport:
         )
         return cls(native, deadline)
 
+    @classmethod
+    def peer(
+        cls,
+        hosts: Transport,
+        *,
+        device: torch.device | str | None = None,
+        deadline: float = 30.0,
+    ) -> Transport:
+        """Join a group of GPUs of one machine that copy out of each other's memory.
+
+        Copies take the GPUs' copy engines: no multiprocessor, and no call that NCCL has to prepare.
+        Its calls cannot be captured in a CUDA graph. Returns when every rank is there.
+
+        Args:
+            hosts: an `shm` or `in_process` transport on the CPU of the same ranks, which this one
+                takes over.
+            device: this rank's GPU (default: the current one); several ranks may share one.
+            deadline: seconds without a sign of a peer after which a wait raises.
+
+        Raises:
+            ValueError: an argument is out of range.
+            UnsupportedError: a GPU does not reach another's memory; every rank says so.
+            TransportError: a rank is missing.
+        """
+        index = torch.cuda.current_device() if device is None else _cuda_index(device)
+        if index is None:
+            raise ValueError(f"Transport: device must be a GPU, got {device}")
+        return cls(_core.Transport.peer(hosts.native, index), deadline)
+
     @property
     def rank(self) -> int:
         """This rank."""
@@ -153,7 +182,7 @@ class Transport:
 
     @property
     def kind(self) -> str:
-        """ "loopback", "in_process", "shm" or "nccl"."""
+        """ "loopback", "in_process", "shm", "nccl" or "peer"."""
         return self.native.kind
 
     @property

@@ -105,7 +105,7 @@ ExpertRange expert_range(int num_experts, int rank, int size);
 std::unique_ptr<Transport> make_loopback_transport(Device device = {});
 
 /// `size` ranks that are threads of this process: give one transport to each. On CUDA they are
-/// virtual ranks on one GPU, ordered by events.
+/// virtual ranks on one GPU, whose transports connect at their first exchange.
 std::vector<std::unique_ptr<Transport>> make_in_process_transports(int size, Device device = {});
 
 struct ShmOptions {
@@ -120,6 +120,17 @@ struct ShmOptions {
 /// there. The segment has no name from then on, so no death leaves it behind; one that a crashed
 /// run left is replaced. Throws InvalidArgument, or TransportError that names who is missing.
 std::unique_ptr<Transport> make_shm_transport(const ShmOptions& options);
+
+struct PeerOptions {
+    std::unique_ptr<Transport> hosts;  ///< how the hosts of the same ranks meet
+    Device device;                     ///< this rank's GPU; several ranks may share one
+};
+
+/// Ranks on GPUs of one host, each copying out of the others' memory: threads of a process or
+/// processes. Calls of its streams cannot be captured in a CUDA graph. Rows to send must lie in
+/// memory of a Buffer. Returns when all ranks are there. Throws InvalidArgument, CudaError,
+/// TransportError, or UnsupportedError if a GPU does not reach another's memory.
+std::unique_ptr<Transport> make_peer_transport(PeerOptions options);
 
 struct NcclOptions {
     std::string unique_id;  ///< of the group: nccl_unique_id() of one rank, given to all

@@ -129,6 +129,14 @@ void bind_transport(py::module_& module) {
                 const py::gil_scoped_release release;
                 return std::make_unique<PyTransport>(make_nccl_transport(std::move(options)));
             })
+        .def_static(
+            "peer",
+            [](PyTransport& hosts, int cuda_device) {
+                PeerOptions options{.hosts = hosts.release(),
+                                    .device = {DeviceType::kCuda, cuda_device}};
+                const py::gil_scoped_release release;
+                return std::make_unique<PyTransport>(make_peer_transport(std::move(options)));
+            })
         .def_property_readonly("rank", [](const PyTransport& t) { return t.transport().rank(); })
         .def_property_readonly("size", [](const PyTransport& t) { return t.transport().size(); })
         .def_property_readonly("kind", [](const PyTransport& t) { return t.transport().kind(); })

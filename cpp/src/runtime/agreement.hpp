@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -22,6 +23,7 @@ struct Agreement {
     std::vector<std::span<const float>> weights;  ///< topk_weights likewise; with kFast only
     std::vector<char> bytes;
 
+    int64_t max_tokens() const { return *std::max_element(num_tokens.begin(), num_tokens.end()); }
     bool has_routes() const { return !ids.empty(); }
 };
 

@@ -23,10 +23,11 @@ size_t Timeline::begin(const char* name, int group, Lane lane, Stream stream) {
     spans_.push_back({name, group, lane, now_us(), -1.0});
     if (device_.type == DeviceType::kCuda) {
         if (start_event_.empty()) {
-            start_event_.emplace_back(device_.index, true);
+            start_event_.emplace_back(device_.index, cuda::Event::Use::kTime);
             start_event_[0].record(stream);
         }
-        events_.push_back({cuda::Event(device_.index, true), cuda::Event(device_.index, true)});
+        events_.push_back({cuda::Event(device_.index, cuda::Event::Use::kTime),
+                           cuda::Event(device_.index, cuda::Event::Use::kTime)});
         events_.back().begin.record(stream);
     }
     return spans_.size() - 1;

@@ -4,7 +4,7 @@
 #include "moecore/buffer.hpp"
 #include "moecore/error.hpp"
 #include "transport/host_transport.hpp"
-#include "transport/in_process_cuda.hpp"
+#include "transport/peer.hpp"
 #include "transport/ring_size.hpp"
 
 namespace moecore {
@@ -33,7 +33,8 @@ std::vector<std::unique_ptr<Transport>> make_in_process_transports(int size, Dev
         cell.process = self.id;
         auto host = std::make_unique<HostTransport>("in_process", memory, boxes, r);
         if (device.type == DeviceType::kCuda)
-            transports.push_back(make_in_process_cuda_transport(std::move(host), device));
+            transports.push_back(make_unmet_peer_transport(
+                {.hosts = std::move(host), .device = device}, "in_process"));
         else
             transports.push_back(std::move(host));
     }

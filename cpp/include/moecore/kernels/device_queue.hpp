@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 
 #include "moecore/stream.hpp"
@@ -48,10 +49,17 @@ private:
     int device_;
 };
 
-/// A point in a stream. `is_timed` ones can tell when they were reached. Move-only.
+/// A point in a stream. Move-only.
 class Event {
 public:
-    explicit Event(int device, bool is_timed = false);
+    enum class Use : uint8_t {
+        kOrder,
+        kTime,   ///< can tell when it was reached
+        kShare,  ///< other processes can wait for it, too
+    };
+    explicit Event(int device, Use use = Use::kOrder);
+    /// Takes over a cudaEvent_t of `device`.
+    static Event adopt(void* handle, int device);
     ~Event();
     Event(Event&& other) noexcept
         : handle_(std::exchange(other.handle_, nullptr)), device_(other.device_) {}
@@ -63,8 +71,10 @@ public:
     void* handle() const { return handle_; }
 
 private:
+    Event() = default;
+
     void* handle_ = nullptr;
-    int device_;
+    int device_ = 0;
 };
 
 /// Milliseconds from one timed event to another. REQUIRES: both are done.
