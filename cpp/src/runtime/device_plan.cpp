@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "moecore/kernels/plan_dispatch.hpp"
-#include "moecore/sort_by_expert.hpp"
+#include "moecore/kernels/sort_by_expert.hpp"
 #include "runtime/take_all.hpp"
 
 namespace moecore {
@@ -20,6 +20,18 @@ std::vector<int32_t> bins_of_experts(const ExpertPlaces& places, int num_experts
         bins.push_back(place.group * places.num_ranks() + place.owner);
     }
     return bins;
+}
+
+SortByExpertArgs sort_of(const TensorView& keys, int64_t first, int64_t num_keys,
+                         const TensorView& sorted, const TensorView& places,
+                         const TensorView& offsets) {
+    return {.topk_ids = keys.as<int32_t>(),
+            .sorted_slots = sorted.as<int32_t>(),
+            .slot_to_row = places.as<int32_t>(),
+            .expert_offsets = offsets.as<int64_t>(),
+            .num_slots = keys.num_elements(),
+            .first_expert = first,
+            .num_local_experts = static_cast<int>(num_keys)};
 }
 
 void take_counts(const int64_t* offsets, RowCounts& counts) {
@@ -106,12 +118,16 @@ PlanTensors plan_on_device(Transport& transport, const ExpertParallel::Call& cal
                          .rank = transport.rank()},
                         stream);
     const auto counts_of = [&](int64_t i) { return slice(counts, i * (bins + 1), bins + 1); };
-    sort_by_expert(sent, 0, sorted_sent, place_of_pair, counts_of(0), stream);
-    sort_by_expert(received_back, 0, sorted_own, slot_to_back, counts_of(1), stream);
-    sort_by_expert(received, 0, sorted_received, copy_of_token, counts_of(2), stream);
-    sort_by_expert(sent_back, 0, sorted_back, place_of_back, counts_of(3), stream);
+    cuda::sort_all(
+        {.sorts = {sort_of(sent, 0, bins, sorted_sent, place_of_pair, counts_of(0)),
+                   sort_of(received_back, 0, bins, sorted_own, slot_to_back, counts_of(1)),
+                   sort_of(received, 0, bins, sorted_received, copy_of_token, counts_of(2)),
+                   sort_of(sent_back, 0, bins, sorted_back, place_of_back, counts_of(3)),
+                   sort_of(all_ids, config.first_expert, width - 1, sorted_rows, row_of_slot,
+                           expert_offsets)},
+         .count = 5},
+        stream);
     cuda::copy(host_counts, counts.data, count_bytes, stream);
-    sort_by_expert(all_ids, config.first_expert, sorted_rows, row_of_slot, expert_offsets, stream);
     cuda::dispatch_lists({.sorted_sent = sorted_sent.as<int32_t>(),
                           .sorted_rows = sorted_rows.as<int32_t>(),
                           .row_of_slot = row_of_slot.as<int32_t>(),

@@ -54,7 +54,9 @@ LayerLoad load_of(const MoEConfig& config, const std::vector<int64_t>& num_token
 }  // namespace
 
 ExpertParallel::ExpertParallel(Transport& transport)
-    : transport_(transport), state_(std::make_unique<State>(transport)) {}
+    : transport_(transport), state_(std::make_unique<State>(transport)) {
+    if (transport.device().type == DeviceType::kCuda) figures_ = MachineFigures::gpu();
+}
 ExpertParallel::~ExpertParallel() = default;
 
 void ExpertParallel::forward(const Call& call, Stream stream) {
@@ -110,11 +112,13 @@ void ExpertParallel::measure() {
         return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
     };
     constexpr int kRounds = 11;
-    constexpr size_t kFew = size_t{1} << 20, kMany = size_t{8} << 20;
     const Device device = transport_.device();
+    // A link of GPUs reaches its rate with more bytes.
+    const size_t few = size_t{1} << 20;
+    const size_t many = few * (device.type == DeviceType::kCuda ? 64 : 8);
     const CurrentDevice scope(device);
     const auto ranks = static_cast<size_t>(transport_.size());
-    Buffer send(device, kMany * ranks), received(device, kMany * ranks);
+    Buffer send(device, many * ranks), received(device, many * ranks);
     const auto round = [&](int64_t rows) {
         const std::vector<int64_t> counts(ranks, rows);
         transport_.all_to_all_v("measure", {.data = send.data(), .counts = counts},
@@ -133,8 +137,8 @@ void ExpertParallel::measure() {
         return times[kRounds / 2];
     };
     // Of one byte, and of two sizes whose difference is free of what every call costs.
-    const double mine[3] = {median_us(1), median_us(static_cast<int64_t>(kFew)),
-                            median_us(static_cast<int64_t>(kMany))};
+    const double mine[3] = {median_us(1), median_us(static_cast<int64_t>(few)),
+                            median_us(static_cast<int64_t>(many))};
     std::vector<double> all(3 * ranks);
     transport_.all_gather("measure", mine, all.data(), sizeof mine);
     double latency_us = 0.0, few_us = 0.0, many_us = 0.0;
@@ -144,7 +148,7 @@ void ExpertParallel::measure() {
         many_us = std::max(many_us, all[3 * r + 2]);
     }
     figures_.link_latency_us = latency_us;
-    const auto bytes = static_cast<double>((kMany - kFew) * std::max<size_t>(ranks - 1, 1));
+    const auto bytes = static_cast<double>((many - few) * std::max<size_t>(ranks - 1, 1));
     // No link is faster than this; a smaller difference is noise.
     constexpr double kFastestGbps = 1000.0;
     figures_.link_gbps = bytes / std::max(many_us - few_us, bytes / (kFastestGbps * 1e3)) * 1e-3;

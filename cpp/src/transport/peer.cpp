@@ -12,6 +12,7 @@
 
 #include "moecore/error.hpp"
 #include "moecore/kernels/memory.hpp"
+#include "transport/copy_lanes.hpp"
 #include "transport/peer_memory_cache.hpp"
 #include "transport/process.hpp"
 #include "transport/stream_wait.hpp"
@@ -67,6 +68,7 @@ public:
         const auto use = all_are_here_ ? cuda::Event::Use::kOrder : cuda::Event::Use::kShare;
         ready_.emplace(device_.index, use);
         done_.emplace(device_.index, use);
+        lanes_.emplace(device_.index);
         SharedEvents events{.ready = ready_->handle(),
                             .done = done_->handle(),
                             .shared_ready = {},
@@ -109,11 +111,9 @@ public:
                          static_cast<int>(source), phase,
                          concat("rank ", source, " is out of step in phase '", phase, "': it sent ",
                                 counts[me], " rows, expected ", recv.counts[source]));
-                 if (counts[me] == 0) return;
-                 cuda::copy(
-                     static_cast<char*>(recv.data) + static_cast<size_t>(arriving) * row_bytes,
-                     theirs + static_cast<size_t>(first) * row_bytes,
-                     static_cast<size_t>(counts[me]) * row_bytes, stream);
+                 add_copy(static_cast<char*>(recv.data) + static_cast<size_t>(arriving) * row_bytes,
+                          theirs + static_cast<size_t>(first) * row_bytes,
+                          static_cast<size_t>(counts[me]) * row_bytes);
              });
     }
 
@@ -122,8 +122,7 @@ public:
         const std::vector<int64_t> counts(static_cast<size_t>(size()));
         pull(phase, mine, bytes, counts, stream,
              [&](size_t source, const char* theirs, const int64_t*) {
-                 if (bytes == 0) return;
-                 cuda::copy(static_cast<char*>(all) + source * bytes, theirs, bytes, stream);
+                 add_copy(static_cast<char*>(all) + source * bytes, theirs, bytes);
              });
     }
 
@@ -157,10 +156,15 @@ private:
         return opened_.back().handle();
     }
 
-    /// Lends `bytes` of `data`, and calls copy_from(source, its data, its counts) for every rank.
-    template <typename CopyFrom>
+    void add_copy(char* target, const char* source, size_t bytes) {
+        if (bytes > 0) copies_.push_back({target, source, bytes});
+    }
+
+    /// Lends `bytes` of `data`, and makes what find_copies(source, its data, its counts) adds for
+    /// every rank.
+    template <typename FindCopies>
     void pull(const char* phase, const void* data, size_t bytes, std::span<const int64_t> counts,
-              Stream stream, CopyFrom&& copy_from) {
+              Stream stream, FindCopies&& find_copies) {
         if (ready_of_.empty()) meet();
         const cuda::DeviceScope scope(device_.index);
         const auto ranks = static_cast<size_t>(size());
@@ -176,6 +180,7 @@ private:
 
         ready_->record(stream);
         all_gather(phase, mine_.data(), all_.data(), entry);
+        copies_.clear();
         // Every rank begins with its right neighbour, so that no GPU has to serve all at once.
         for (size_t i = 1; i <= ranks; ++i) {
             const size_t source = (me + i) % ranks;
@@ -186,8 +191,9 @@ private:
             if (source != me) cuda::wait_for(stream, ready_of_[source]);
             const auto* theirs = static_cast<const char*>(lent.data);
             if (lent.bytes > 0 && !is_here_[source]) theirs = memory_[source].find(lent.place);
-            copy_from(source, theirs, counts_.data());
+            find_copies(source, theirs, counts_.data());
         }
+        lanes_->run(copies_, stream);
         done_->record(stream);
         hosts_->barrier(phase);
         // What was lent may change only when all have copied it.
@@ -203,6 +209,8 @@ private:
     bool all_are_here_ = false;
     std::vector<void*> ready_of_, done_of_;
     std::deque<cuda::Event> opened_;
+    std::optional<CopyLanes> lanes_;
+    std::vector<CopyLanes::Copy> copies_;
     std::vector<PeerMemoryCache> memory_;  ///< of each rank in another process
     std::vector<char> mine_, all_;
     std::vector<int64_t> counts_;
