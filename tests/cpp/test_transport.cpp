@@ -12,23 +12,6 @@
 namespace moecore::test {
 namespace {
 
-using Transports = std::vector<std::unique_ptr<Transport>>;
-
-/// The same group over shared memory, though of threads.
-Transports shm_transports(int size, size_t ring_bytes = 0) {
-    static std::atomic<int> runs{0};
-    const std::string name = concat("test-", getpid(), "-", runs++);
-    Transports transports(static_cast<size_t>(size));
-    run_all_ranks(size, [&](int rank) {
-        transports[static_cast<size_t>(rank)] = make_shm_transport({.name = name,
-                                                                    .rank = rank,
-                                                                    .size = size,
-                                                                    .connect_deadline = 20,
-                                                                    .ring_bytes = ring_bytes});
-    });
-    return transports;
-}
-
 void for_each_transport(int size, const std::function<void(Transports&)>& body) {
     Transports in_process = make_in_process_transports(size);
     body(in_process);
@@ -36,8 +19,7 @@ void for_each_transport(int size, const std::function<void(Transports&)>& body) 
     Transports shm = shm_transports(size, 64);
     body(shm);
     if (size > 1) return;
-    Transports loopback;
-    loopback.push_back(make_loopback_transport());
+    Transports loopback = loopback_transports();
     body(loopback);
 }
 
