@@ -113,7 +113,9 @@ void random_layers(Transports transports, int num_layers, uint32_t seed) {
         sizes.shared = random.below(2) * 5;
         sizes.dtype = random.below(2) == 0 ? kF32 : kBf16;
         ExpertParallelConfig how{.num_groups = static_cast<int>(random.below(4))};
-        if (random.below(4) == 0) how.schedule = Schedule::kAllGather;
+        constexpr Schedule kSchedules[] = {Schedule::kAllToAll, Schedule::kAllGather,
+                                           Schedule::kAuto};
+        how.schedule = kSchedules[std::max<int64_t>(0, random.below(5) - 2)];
         WholeLayer whole(sizes, seed);
         const std::vector<ChooseExpert> ways = skews(sizes.experts, size);
         const size_t way = static_cast<size_t>(random.below(static_cast<int64_t>(ways.size())));
