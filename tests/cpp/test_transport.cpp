@@ -167,6 +167,23 @@ void a_closed_rank_is_named() {
     });
 }
 
+void who_is_behind_elsewhere_is_blamed() {
+    for_each_transport(3, [](Transports& transports) {
+        for (int rank = 0; rank < 3; ++rank)
+            for (int step = 0; step < (rank == 2 ? 4 : 6); ++step)
+                transports[static_cast<size_t>(rank)]->note(step == 3 ? "return" : "dispatch");
+        transports[0]->set_deadline(0.25);
+        transports[2]->blame("return");  // of others it knows nothing bad
+        expect_all_fail(transports, 2, "rank 2 gave no sign in phase 'return' within the deadline",
+                        1, [](Transport& transport, int rank) {
+                            if (rank == 0) transport.blame("return");
+                            if (rank == 2) transport.barrier("next");
+                        });
+        expect_all_fail(transports, 2, "last seen in phase 'return')", -1,
+                        [](Transport& transport, int) { transport.check("next"); });
+    });
+}
+
 void ranks_out_of_step_are_noticed() {
     Transports transports = make_in_process_transports(2);
     const auto errors = run_ranks(2, [&](int rank) {
@@ -236,6 +253,7 @@ void add_transport_tests(std::vector<Test>& tests) {
     tests.push_back({"a late rank is named", a_late_rank_is_named_within_the_deadline});
     tests.push_back({"an abort reaches every rank", an_abort_reaches_every_rank_at_once});
     tests.push_back({"a closed rank is named", a_closed_rank_is_named});
+    tests.push_back({"who is behind is blamed", who_is_behind_elsewhere_is_blamed});
     tests.push_back({"ranks out of step are noticed", ranks_out_of_step_are_noticed});
     tests.push_back({"shm arguments are checked", shm_arguments_are_checked});
     tests.push_back({"a missing rank is named", a_missing_rank_is_named_when_connecting});
