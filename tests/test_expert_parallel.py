@@ -210,6 +210,8 @@ def test_a_missing_nccl_is_reported_with_the_paths_tried():
 
 def test_a_closed_transport_says_so():
     with moecore.Transport.loopback() as transport:
+        assert transport.deadline == 30.0
         transport.barrier()
+        transport.synchronize()  # on the CPU nothing is left to wait for
     with pytest.raises(ValueError, match="Transport: it must be open, got a closed one"):
         transport.barrier()
