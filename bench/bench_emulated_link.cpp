@@ -2,10 +2,11 @@
 //
 //   link     a transfer takes --link's microseconds plus its bytes over its GB/s. Emulation: these
 //            are no measurements of NVLink or of NCCL
-//   full     the layer of rank 0, with rows that arrive at that pace
-//   echo     the same plan, rows in place, no transfer
+//   full     the layer of rank 0, with rows that arrive at that pace, from the end of its plan on
+//   echo     the same, rows in place, no transfer
 //   exposed  full - echo; share = exposed / full
 //   serial   full of one group: dispatch, experts, return, one after another
+//   plan     what precedes it: who sends what where, the same in full and echo
 //
 // T tokens on every rank, routed at random. All ranks have run the layer once, so that what arrives
 // is what the peers sent. What hosts tell each other is replayed and takes no time. correct: rank
@@ -146,10 +147,25 @@ struct LinkOptions {
 
 /// Figures of one number of groups, in microseconds.
 struct Figures {
-    double full = 0, echo = 0;
+    double full = 0, echo = 0, plan = 0;
     bool is_right = false;
     std::string phases;
 };
+
+struct Span {
+    double begin_us = 0, end_us = 0;
+};
+
+/// Of the trace event with that name.
+Span find_span(const std::string& events, const std::string& name) {
+    const size_t event = events.find("\"name\":\"" + name + "\"");
+    const size_t times = events.find("\"ts\":", event);
+    double begin = 0, duration = 0;
+    if (event == std::string::npos || times == std::string::npos ||
+        std::sscanf(events.c_str() + times, "\"ts\":%lf,\"dur\":%lf", &begin, &duration) != 2)
+        throw std::runtime_error("a layer must have the phase " + name + ", got " + events);
+    return {begin, begin + duration};
+}
 
 class Bench {
 public:
@@ -173,8 +189,8 @@ public:
             report.row({shape_.name, std::to_string(link_.ranks), std::to_string(num_tokens),
                         std::to_string(groups), format(figures.full, 0), format(figures.echo, 0),
                         format(exposed, 0), format(exposed / figures.full, 3), format(serial, 0),
-                        figures.is_right ? "yes" : "NO"});
-            report.note("  us: " + figures.phases);
+                        format(figures.plan, 0), figures.is_right ? "yes" : "NO"});
+            report.note("  a full one, us: " + figures.phases);
         }
     }
 
@@ -231,10 +247,13 @@ private:
         if (figures == nullptr) return;
         const auto time = [&](EmulatedLink::Mode mode) {
             link.begin(mode);
-            const double start = now_us();
+            ranks.start_trace();
             tokens.run(layer, workspace, stream.get());
             transport.synchronize("alone", stream.get());
-            return now_us() - start;
+            const std::string events = ranks.trace_events();
+            const Span plan = find_span(events, "plan");
+            figures->plan = plan.end_us - plan.begin_us;
+            return find_span(events, "combine").end_us - plan.end_us;
         };
         std::vector<double> full, echo;
         for (int i = 0; i < options_.repeats + 2; ++i) {
@@ -246,17 +265,9 @@ private:
         }
         figures->echo = median(echo);
         figures->full = median(full);
-        figures->phases = phases_of(ranks, [&] { time(EmulatedLink::Mode::kLink); });
-    }
-
-    std::string phases_of(ExpertParallel& ranks, const std::function<void()>& run) const {
-        ranks.start_trace();
-        for (int i = 0; i < options_.repeats; ++i) run();
-        std::string phases;
         for (const PhaseTime& phase : ranks.phase_times())
-            phases += (phases.empty() ? "" : ", ") + phase.name + " " +
-                      format(phase.total_us / options_.repeats, 0);
-        return phases;
+            figures->phases += (figures->phases.empty() ? "" : ", ") + phase.name + " " +
+                               format(phase.total_us, 0);
     }
 
     const Shape& shape_;
@@ -318,7 +329,7 @@ int main(int argc, char** argv) {
     try {
         Bench bench(*shape, options, link);
         Report report(options.json, {"shape", "ranks", "T", "groups", "full_us", "echo_us",
-                                     "exposed_us", "share", "serial_us", "correct"});
+                                     "exposed_us", "share", "serial_us", "plan_us", "correct"});
         report.note("emulated link, no measurement of one: " + format(link.link.gbps, 1) +
                     " GB/s, " + format(link.link.us, 0) + " us, " +
                     (link.link.blocks == 0 ? "copy engines"
