@@ -48,7 +48,7 @@ private:
 /// A link as it is emulated: a transfer takes `us` plus its bytes over `gbps`.
 struct Link {
     double gbps = 0, us = 0;
-    int blocks = 0;  ///< multiprocessors that move the rows, as NCCL's blocks do; 0: copy engines
+    int blocks = 0;  ///< that move the rows, as NCCL's do, with a multiprocessor each; or none
 };
 
 /// Copies and keeps `stream` busy for `us` microseconds from the copy's begin, by `blocks` blocks
