@@ -4,7 +4,7 @@ A GPU for each rank where there are several; else, with NCCL_MULTI_RANK_GPU_ENAB
 or newer (MOECORE_NCCL names its file), 2 and 4 ranks on one GPU. Ranks are processes. Compares bits
 as gpu_expert_parallel.py does; then ranks fail in turn, the others must report them by name in
 time, free their memory, and go on in a new group. Ranks with a GPU each are threads, too: on one
-GPU they cannot be, since memory that one frees waits for the other's kernels.
+GPU they might wait for ever: memory that one frees waits for the other's kernels.
 """
 
 import argparse
