@@ -45,4 +45,15 @@ private:
     Stream stream_;
 };
 
+/// A link as it is emulated: a transfer takes `us` plus its bytes over `gbps`.
+struct Link {
+    double gbps = 0, us = 0;
+    int blocks = 0;  ///< that move the rows, as NCCL's do, with a multiprocessor each; or none
+};
+
+/// Copies and keeps `stream` busy for `us` microseconds from the copy's begin, by `blocks` blocks
+/// that spread it over that time, or by cudaMemcpyAsync and one warp that waits.
+void paced_copy(void* target, const void* source, size_t bytes, double us, int blocks,
+                Stream stream);
+
 }  // namespace moecore::bench

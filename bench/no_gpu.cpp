@@ -22,5 +22,6 @@ void Gpu::download(void*, const TensorView&) { throw_no_gpu(); }
 Sample Gpu::measure(int, int, bool, const std::function<void(int)>&) { throw_no_gpu(); }
 double Gpu::read_gbps() { throw_no_gpu(); }
 double Gpu::matmul_tflops() { throw_no_gpu(); }
+void paced_copy(void*, const void*, size_t, double, int, Stream) { throw_no_gpu(); }
 
 }  // namespace moecore::bench

@@ -1,10 +1,12 @@
 """LLM on several ranks of GPUs: run by hand, `python tests/gpu_expert_parallel_llm.py`.
 
 Holds the tokens and log-probabilities of virtual ranks on one GPU, and of a process a GPU over NCCL
-where there are several (or NCCL_MULTI_RANK_GPU_ENABLE=1), to those of one rank; and kills a rank.
+where there are several (or NCCL_MULTI_RANK_GPU_ENABLE=1), to those of one rank; kills a rank, and
+stops one.
 """
 
 import os
+import signal
 import time
 
 import pytest
@@ -44,21 +46,23 @@ def run(size, backend):
     return [r.outputs for r in results]
 
 
-def kill_a_rank(size):
+def lose_a_rank(size, how):
+    """Rank 1 gets a signal in the middle of a stream, whose next tokens raise."""
     with LLM(**options(size, "processes"), expert_parallel_timeout=5.0) as llm:
         stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=900, ignore_eos=True))
         next(stream)
-        llm.engine._group._members[1].kill()
+        llm.engine._group._members[1].process.send_signal(how)
         begin = time.perf_counter()
         with pytest.raises(TransportError) as raised:
             list(stream)
         assert raised.value.rank == 1
-        print(f"a killed rank: {time.perf_counter() - begin:.2f} s, {raised.value}", flush=True)
+        seconds = time.perf_counter() - begin
+        print(f"a rank got {how.name}: {seconds:.2f} s, {raised.value}", flush=True)
 
 
 def main():
     want = run(1, "threads")
-    for size in (2, 4):
+    for size in (2, 4, 8):
         assert run(size, "threads") == want, f"{size} virtual ranks"
     count = torch.cuda.device_count()
     if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
@@ -67,7 +71,8 @@ def main():
         if size <= count:
             assert run(size, "processes") == want, f"{size} processes"
     if count > 1:
-        kill_a_rank(2)
+        for how in (signal.SIGKILL, signal.SIGSTOP):
+            lose_a_rank(2, how)
     print("all equal")
 
 

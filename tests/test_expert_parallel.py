@@ -1,13 +1,9 @@
-"""Expert parallelism from Python: threads and processes as ranks, equal bits, and every fault."""
+"""Expert parallelism from Python: threads as ranks, equal bits, and arguments."""
 
 import os
 import subprocess
 import sys
-import textwrap
 import threading
-import time
-import uuid
-from pathlib import Path
 
 import pytest
 import torch
@@ -214,157 +210,8 @@ def test_a_missing_nccl_is_reported_with_the_paths_tried():
 
 def test_a_closed_transport_says_so():
     with moecore.Transport.loopback() as transport:
+        assert transport.deadline == 30.0
         transport.barrier()
+        transport.synchronize()  # on the CPU nothing is left to wait for
     with pytest.raises(ValueError, match="Transport: it must be open, got a closed one"):
         transport.barrier()
-
-
-# --- Ranks as processes ---
-
-RANK = """
-import os, signal, sys, threading, time
-sys.path.insert(0, {tests!r})
-import torch, moecore
-import test_expert_parallel as t
-name, rank, size, fault = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-moecore.set_num_threads(1)
-transport = moecore.Transport.shm(name, rank, size, deadline=1.5, connect_deadline=20)
-tensors = t.random_layer()
-layer, whole = t.cut(tensors, transport), t.whole(tensors)
-hidden, logits = t.tokens_of(rank, 3 + rank)
-for _ in range(10):
-    assert torch.equal(layer(hidden, logits), whole(hidden, logits))
-print("ready", flush=True)
-if fault == "none":
-    sys.exit()
-start = time.perf_counter()
-try:
-    for step in range(10**6):
-        if rank == 1 and step == 5:
-            start = time.perf_counter()
-            if fault == "kill": os.kill(os.getpid(), signal.SIGKILL)
-            if fault == "stop": os.kill(os.getpid(), signal.SIGSTOP)
-            if fault == "late": time.sleep(4)
-            if fault == "raise": transport.abort("the model is not there")
-            if fault == "leave": sys.exit()
-        layer(hidden, logits)
-except moecore.TransportError as error:
-    print(f"{{error.rank}}|{{error.phase}}|{{time.perf_counter() - start:.2f}}|{{error}}")
-"""
-
-
-class Ranks:
-    """Processes that are ranks, and what they printed."""
-
-    def __init__(self, size, fault):
-        self.name = f"test-{uuid.uuid4().hex}"
-        code = textwrap.dedent(RANK.format(tests=str(Path(__file__).parent)))
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, self.name, str(rank), str(size), fault],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(size)
-        ]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-
-    def output(self, rank):
-        return self.processes[rank].communicate(timeout=60)[0]
-
-    def segment_is_gone(self):
-        return not Path(f"/dev/shm/moecore.{self.name}").exists()
-
-
-def test_processes_have_the_bits_of_one_rank():
-    with Ranks(2, "none") as ranks:
-        for rank in range(2):
-            assert ranks.output(rank) == "ready\n"
-        assert ranks.segment_is_gone()
-
-
-@pytest.mark.parametrize(
-    ("fault", "message", "within"),
-    [
-        ("kill", "rank 1 has died (process", 1.0),
-        ("stop", "it is stopped (SIGSTOP)", 4.0),
-        ("late", "rank 1 gave no sign in phase", 4.0),
-        ("raise", "the model is not there", 1.0),
-        ("leave", "rank 1 has closed its transport", 5.0),
-    ],
-)
-def test_survivors_name_the_rank_at_fault_within_the_deadline(fault, message, within):
-    size = 3 if fault == "kill" else 2
-    with Ranks(size, fault) as ranks:
-        for rank in [rank for rank in range(size) if rank != 1]:
-            lines = ranks.output(rank).splitlines()
-            assert lines[0] == "ready", lines
-            assert len(lines) == 2, lines
-            culprit, phase, _, text = lines[1].split("|", 3)
-            assert culprit == "1", lines
-            assert phase, lines
-            assert message in text
-            assert "new transport" in text
-        # Seen by a clock outside: rank 0 measures from its own first step, a moment earlier.
-        seconds = float(lines[1].split("|")[2])
-        assert seconds < within + 3.0
-        assert ranks.segment_is_gone()
-
-
-def test_a_stale_segment_is_replaced():
-    name = f"test-{uuid.uuid4().hex}"
-    code = f"""
-        import moecore
-        moecore.Transport.shm({name!r}, 0, 2, connect_deadline=60)
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
-    segment = Path(f"/dev/shm/moecore.{name}")
-    limit = time.monotonic() + 30
-    while not segment.exists() and time.monotonic() < limit:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    process.kill()
-    process.wait()
-    assert segment.exists(), "what a crash leaves"
-
-    results = [None, None]
-
-    def join(rank):
-        results[rank] = moecore.Transport.shm(name, rank, 2, connect_deadline=20)
-
-    threads = [threading.Thread(target=join, args=(rank,)) for rank in (1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert [t.rank for t in results] == [0, 1]
-    assert not segment.exists()
-
-
-def test_a_name_in_use_is_refused():
-    name = f"test-{uuid.uuid4().hex}"
-    code = f"""
-        import moecore
-        moecore.Transport.shm({name!r}, 0, 2, connect_deadline=60)
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
-    try:
-        limit = time.monotonic() + 30
-        while not Path(f"/dev/shm/moecore.{name}").exists() and time.monotonic() < limit:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        with pytest.raises(ValueError, match="name must not belong to a running group"):
-            moecore.Transport.shm(name, 0, 2, connect_deadline=5)
-    finally:
-        process.terminate()
-        process.wait()
-        Path(f"/dev/shm/moecore.{name}").unlink(missing_ok=True)

@@ -215,6 +215,19 @@ class Transport:
         self.native.all_gather(phase, mine.numpy(), result.reshape(-1).view(torch.uint8).numpy())
         return result
 
+    def synchronize(self, phase: str = "synchronize") -> None:
+        """Wait for what the current stream of this rank's GPU holds, until the deadline.
+
+        Unlike torch's waits, this one ends if a peer never sends its part. On the CPU there is
+        nothing to wait for.
+
+        Raises:
+            TransportError: a peer is dead, stopped or late, or the group has been aborted.
+        """
+        device = self.native.cuda_device
+        stream = 0 if device is None else torch.cuda.current_stream(device).cuda_stream
+        self.native.synchronize(phase, stream)
+
     def measure(self) -> dict[str, float]:
         """Measure this link, which decides how layers with schedule="auto" work. Collective.
 

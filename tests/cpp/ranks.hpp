@@ -2,6 +2,9 @@
 
 // Ranks that are threads, and one MoE layer cut among them.
 
+#include <unistd.h>
+
+#include <atomic>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -36,6 +39,29 @@ inline std::vector<std::exception_ptr> run_ranks(int size, const std::function<v
 inline void run_all_ranks(int size, const std::function<void(int)>& body) {
     for (const std::exception_ptr& error : run_ranks(size, body))
         if (error != nullptr) std::rethrow_exception(error);
+}
+
+using Transports = std::vector<std::unique_ptr<Transport>>;
+
+inline Transports loopback_transports() {
+    Transports transports;
+    transports.push_back(make_loopback_transport());
+    return transports;
+}
+
+/// A group over shared memory, though of threads.
+inline Transports shm_transports(int size, size_t ring_bytes = 0) {
+    static std::atomic<int> runs{0};
+    const std::string name = concat("test-", getpid(), "-", runs++);
+    Transports transports(static_cast<size_t>(size));
+    run_all_ranks(size, [&](int rank) {
+        transports[static_cast<size_t>(rank)] = make_shm_transport({.name = name,
+                                                                    .rank = rank,
+                                                                    .size = size,
+                                                                    .connect_deadline = 20,
+                                                                    .ring_bytes = ring_bytes});
+    });
+    return transports;
 }
 
 /// What a rank threw: its text, and the rank at fault if it is a TransportError.

@@ -1,7 +1,4 @@
-#include <unistd.h>
-
 #include <algorithm>
-#include <atomic>
 
 #include "moecore/expert_parallel.hpp"
 #include "moecore/threads.hpp"
@@ -11,9 +8,27 @@
 namespace moecore::test {
 namespace {
 
-using Transports = std::vector<std::unique_ptr<Transport>>;
+using ChooseExpert = std::function<int64_t(Random&)>;
 
 int64_t any_expert(Random& random) { return random.below(8); }
+
+/// Ways in which tokens choose among the experts of `size` ranks.
+std::vector<ChooseExpert> skews(int num_experts, int size) {
+    return {
+        [=](Random& random) { return random.below(num_experts); },
+        [=](Random& random) {  // odds fall like a power of the expert's number
+            const int64_t most = random.below(1 + random.below(1 + random.below(3 * num_experts)));
+            return std::min<int64_t>(num_experts - 1, most);
+        },
+        [=](Random&) -> int64_t { return 5 % num_experts; },
+        [=](Random& random) {  // only the first rank has work
+            return random.below(expert_range(num_experts, 0, size).count);
+        },
+        [=](Random& random) {  // many slots without an expert
+            return random.below(3) == 0 ? random.below(num_experts) : -1;
+        },
+    };
+}
 
 /// One rank's end of a group that lives for several layers.
 struct Rank {
@@ -32,7 +47,7 @@ struct Rank {
 /// `counts`: tokens of each rank. Every rank's output must have the bits of one rank alone.
 void expect_same_bits(Transports transports, const EpSizes& sizes,
                       const std::vector<int64_t>& counts, const ExpertParallelConfig& how,
-                      const std::function<int64_t(Random&)>& choose = any_expert) {
+                      const ChooseExpert& choose = any_expert) {
     WholeLayer whole(sizes);
     std::vector<RankTokens> tokens;
     std::vector<std::vector<unsigned char>> wanted;
@@ -52,17 +67,11 @@ void expect_same_bits(Transports transports, const EpSizes& sizes,
                concat("rank ", r, " of ", counts.size(), " has other bits"));
 }
 
-Transports loopback() {
-    Transports transports;
-    transports.push_back(make_loopback_transport());
-    return transports;
-}
-
 void exact_has_the_bits_of_one_rank() {
     for (const DType dtype : {kF32, kBf16})
         for (const int64_t shared : {0, 12}) {
             const EpSizes sizes{.shared = shared, .dtype = dtype};
-            expect_same_bits(loopback(), sizes, {9}, {});
+            expect_same_bits(loopback_transports(), sizes, {9}, {});
             expect_same_bits(make_in_process_transports(2), sizes, {5, 3}, {});
             expect_same_bits(make_in_process_transports(3), sizes, {4, 0, 17}, {});
             expect_same_bits(make_in_process_transports(8), sizes, {1, 2, 3, 0, 5, 6, 7, 40}, {});
@@ -80,23 +89,17 @@ void bits_do_not_depend_on_groups_or_schedule() {
 }
 
 void skewed_routes_have_the_same_bits() {
-    const std::function<int64_t(Random&)> power_law = [](Random& random) {
-        return std::min<int64_t>(7, random.below(1 + random.below(1 + random.below(24))));
-    };
-    const std::function<int64_t(Random&)> one_expert = [](Random&) { return 5; };
-    const std::function<int64_t(Random&)> first_rank = [](Random& random) {
-        return random.below(2);
-    };
-    const std::function<int64_t(Random&)> nobody = [](Random& random) {
-        return random.below(3) == 0 ? random.below(8) : -1;
-    };
-    for (const auto& choose : {power_law, one_expert, first_rank, nobody})
-        for (const Schedule schedule : {Schedule::kAllToAll, Schedule::kAllGather})
-            expect_same_bits(make_in_process_transports(4), {}, {33, 1, 0, 64},
-                             {.schedule = schedule}, choose);
+    for (const Schedule schedule : {Schedule::kAllToAll, Schedule::kAllGather}) {
+        const ExpertParallelConfig how{.schedule = schedule};
+        for (const ChooseExpert& choose : skews(8, 4)) {
+            expect_same_bits(loopback_transports(), {}, {33}, how, choose);
+            expect_same_bits(make_in_process_transports(4), {}, {33, 1, 0, 64}, how, choose);
+            expect_same_bits(shm_transports(4, 256), {}, {33, 1, 0, 64}, how, choose);
+        }
+    }
 }
 
-/// Layers of random sizes, ranks, groups and tokens, one after another over the same transports.
+/// Layers of random sizes, groups, tokens and skew, one after another over the same transports.
 void random_layers(Transports transports, int num_layers, uint32_t seed) {
     const int size = static_cast<int>(transports.size());
     std::vector<std::unique_ptr<Rank>> ends;
@@ -110,14 +113,18 @@ void random_layers(Transports transports, int num_layers, uint32_t seed) {
         sizes.shared = random.below(2) * 5;
         sizes.dtype = random.below(2) == 0 ? kF32 : kBf16;
         ExpertParallelConfig how{.num_groups = static_cast<int>(random.below(4))};
-        if (random.below(4) == 0) how.schedule = Schedule::kAllGather;
+        constexpr Schedule kSchedules[] = {Schedule::kAllToAll, Schedule::kAllGather,
+                                           Schedule::kAuto};
+        how.schedule = kSchedules[std::max<int64_t>(0, random.below(5) - 2)];
         WholeLayer whole(sizes, seed);
+        const std::vector<ChooseExpert> ways = skews(sizes.experts, size);
+        const size_t way = static_cast<size_t>(random.below(static_cast<int64_t>(ways.size())));
+        const ChooseExpert& choose = ways[way];
         std::vector<RankTokens> tokens;
         std::vector<std::vector<unsigned char>> wanted;
         for (int r = 0; r < size; ++r) {
             const int64_t count = random.below(4) == 0 ? 0 : random.below(12);
-            tokens.emplace_back(sizes, count, static_cast<uint32_t>(i * 64 + r),
-                                [&](Random& from) { return from.below(sizes.experts); });
+            tokens.emplace_back(sizes, count, static_cast<uint32_t>(i * 64 + r), choose);
             wanted.push_back(tokens.back().expected(whole));
             tokens.back().output.fill(7.0);
         }
@@ -135,17 +142,10 @@ void a_thousand_random_layers_in_process() {
 }
 
 void a_thousand_random_layers_over_shared_memory() {
-    Transports transports(3);
-    run_all_ranks(3, [&](int rank) {
-        transports[static_cast<size_t>(rank)] =
-            make_shm_transport({.name = concat("test-layers-", getpid()),
-                                .rank = rank,
-                                .size = 3,
-                                .connect_deadline = 20,
-                                .ring_bytes = 256});
-    });
-    random_layers(std::move(transports), 1000, 5000);
+    random_layers(shm_transports(3, 256), 1000, 5000);
 }
+
+void a_thousand_random_layers_alone() { random_layers(loopback_transports(), 1000, 9000); }
 
 void fast_is_close_to_exact() {
     const EpSizes sizes{.shared = 12, .top_k = 3, .dtype = kF32};
@@ -271,6 +271,7 @@ void add_expert_parallel_tests(std::vector<Test>& tests) {
     tests.push_back({"skewed routes", skewed_routes_have_the_same_bits});
     tests.push_back({"1000 layers in process", a_thousand_random_layers_in_process});
     tests.push_back({"1000 layers over shm", a_thousand_random_layers_over_shared_memory});
+    tests.push_back({"1000 layers alone", a_thousand_random_layers_alone});
     tests.push_back({"fast is close to exact", fast_is_close_to_exact});
     tests.push_back({"other models are noticed", other_models_are_noticed});
     tests.push_back({"a mistake on one rank ends all", a_mistake_on_one_rank_ends_all});

@@ -12,23 +12,6 @@
 namespace moecore::test {
 namespace {
 
-using Transports = std::vector<std::unique_ptr<Transport>>;
-
-/// The same group over shared memory, though of threads.
-Transports shm_transports(int size, size_t ring_bytes = 0) {
-    static std::atomic<int> runs{0};
-    const std::string name = concat("test-", getpid(), "-", runs++);
-    Transports transports(static_cast<size_t>(size));
-    run_all_ranks(size, [&](int rank) {
-        transports[static_cast<size_t>(rank)] = make_shm_transport({.name = name,
-                                                                    .rank = rank,
-                                                                    .size = size,
-                                                                    .connect_deadline = 20,
-                                                                    .ring_bytes = ring_bytes});
-    });
-    return transports;
-}
-
 void for_each_transport(int size, const std::function<void(Transports&)>& body) {
     Transports in_process = make_in_process_transports(size);
     body(in_process);
@@ -36,8 +19,7 @@ void for_each_transport(int size, const std::function<void(Transports&)>& body) 
     Transports shm = shm_transports(size, 64);
     body(shm);
     if (size > 1) return;
-    Transports loopback;
-    loopback.push_back(make_loopback_transport());
+    Transports loopback = loopback_transports();
     body(loopback);
 }
 
@@ -185,6 +167,23 @@ void a_closed_rank_is_named() {
     });
 }
 
+void who_is_behind_elsewhere_is_blamed() {
+    for_each_transport(3, [](Transports& transports) {
+        for (int rank = 0; rank < 3; ++rank)
+            for (int step = 0; step < (rank == 2 ? 4 : 6); ++step)
+                transports[static_cast<size_t>(rank)]->note(step == 3 ? "return" : "dispatch");
+        transports[0]->set_deadline(0.25);
+        transports[2]->blame("return");  // of others it knows nothing bad
+        expect_all_fail(transports, 2, "rank 2 gave no sign in phase 'return' within the deadline",
+                        1, [](Transport& transport, int rank) {
+                            if (rank == 0) transport.blame("return");
+                            if (rank == 2) transport.barrier("next");
+                        });
+        expect_all_fail(transports, 2, "last seen in phase 'return')", -1,
+                        [](Transport& transport, int) { transport.check("next"); });
+    });
+}
+
 void ranks_out_of_step_are_noticed() {
     Transports transports = make_in_process_transports(2);
     const auto errors = run_ranks(2, [&](int rank) {
@@ -254,6 +253,7 @@ void add_transport_tests(std::vector<Test>& tests) {
     tests.push_back({"a late rank is named", a_late_rank_is_named_within_the_deadline});
     tests.push_back({"an abort reaches every rank", an_abort_reaches_every_rank_at_once});
     tests.push_back({"a closed rank is named", a_closed_rank_is_named});
+    tests.push_back({"who is behind is blamed", who_is_behind_elsewhere_is_blamed});
     tests.push_back({"ranks out of step are noticed", ranks_out_of_step_are_noticed});
     tests.push_back({"shm arguments are checked", shm_arguments_are_checked});
     tests.push_back({"a missing rank is named", a_missing_rank_is_named_when_connecting});

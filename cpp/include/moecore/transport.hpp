@@ -78,6 +78,13 @@ public:
     /// Throws if the group has been aborted or a rank has died. Does not wait.
     virtual void check(const char* /*phase*/) {}
 
+    /// After a wait of this rank that ended at the deadline outside of this transport: throws, for
+    /// every rank, naming a rank that is dead, stopped, or has made fewer calls of note().
+    virtual void blame(const char* /*phase*/) {}
+
+    /// Tells the group that this rank enters `phase`, for the sake of blame().
+    virtual void note(const char* /*phase*/) {}
+
     /// Returns when every rank has called it.
     void barrier(const char* phase);
 

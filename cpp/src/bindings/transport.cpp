@@ -150,6 +150,18 @@ void bind_transport(py::module_& module) {
                  transport.barrier(phase.c_str());
              })
         .def("all_gather", &all_gather)
+        .def_property_readonly("cuda_device",
+                               [](const PyTransport& t) -> std::optional<int> {
+                                   const Device device = t.transport().device();
+                                   if (device.type != DeviceType::kCuda) return std::nullopt;
+                                   return device.index;
+                               })
+        .def("synchronize",
+             [](const PyTransport& t, const std::string& phase, uintptr_t stream) {
+                 Transport& transport = t.transport();
+                 const py::gil_scoped_release release;
+                 transport.synchronize(phase.c_str(), {reinterpret_cast<void*>(stream)});
+             })
         .def("measure",
              [](const PyTransport& t) {
                  const py::gil_scoped_release release;

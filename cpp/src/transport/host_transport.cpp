@@ -242,17 +242,18 @@ void HostTransport::check_peers(const char* phase, Clock::time_point since) {
                  concat("rank ", peer, " has died", describe(peer), " while rank ", rank_,
                         " waits for it in phase '", phase,
                         "'. Killed by the out-of-memory killer? Restart it.", kRemedy));
-        if (waited > deadline())
-            fail(peer, phase,
-                 concat("rank ", peer, " gave no sign in phase '", phase,
-                        "' within the deadline of ", seconds(deadline()), ": it is ",
-                        state == ProcessState::kStopped ? "stopped (SIGSTOP)" : "late",
-                        describe(peer),
-                        state == ProcessState::kStopped ? ". Resume it (SIGCONT) or restart it."
-                                                        : ". If it only works longer, raise the "
-                                                          "deadline.",
-                        kRemedy));
+        if (waited > deadline()) fail_late(peer, phase, state == ProcessState::kStopped);
     }
+}
+
+void HostTransport::fail_late(int peer, const char* phase, bool is_stopped) {
+    fail(peer, phase,
+         concat("rank ", peer, " gave no sign in phase '", phase, "' within the deadline of ",
+                seconds(deadline()), ": it is ", is_stopped ? "stopped (SIGSTOP)" : "late",
+                describe(peer),
+                is_stopped ? ". Resume it (SIGCONT) or restart it."
+                           : ". If it only works longer, raise the deadline.",
+                kRemedy));
 }
 
 void HostTransport::fail(int culprit, const char* phase, const std::string& message) {
@@ -268,6 +269,26 @@ void HostTransport::check(const char* phase) {
             fail(peer, phase,
                  concat("rank ", peer, " has died", describe(peer), " before phase '", phase,
                         "' of rank ", rank_, " was over.", kRemedy));
+}
+
+void HostTransport::note(const char* phase) {
+    RankCell& cell = boxes_.rank(rank_);
+    cell.phase.store(phase);
+    cell.notes.fetch_add(1, std::memory_order_release);
+}
+
+void HostTransport::blame(const char* phase) {
+    check(phase);
+    const auto is_stopped = [&](int peer) {
+        return state_of(process_of(boxes_.rank(peer))) == ProcessState::kStopped;
+    };
+    const auto notes = [&](int peer) { return boxes_.rank(peer).notes.load(); };
+    int last = rank_;
+    for (int peer = 0; peer < size(); ++peer) {
+        if (peer != rank_ && is_stopped(peer)) fail_late(peer, phase, true);
+        if (notes(peer) < notes(last)) last = peer;
+    }
+    if (last != rank_) fail_late(last, phase, false);
 }
 
 void HostTransport::abort(const std::string& reason) noexcept {

@@ -26,6 +26,8 @@ public:
     void all_to_all_v(const char* phase, const RowsToSend& send, const RowsToReceive& recv,
                       size_t row_bytes, Stream stream) override;
     void check(const char* phase) override;
+    void blame(const char* phase) override;
+    void note(const char* phase) override;
     void abort(const std::string& reason) noexcept override;
 
 private:
@@ -39,6 +41,8 @@ private:
     void throw_if_aborted() const;
     /// Throws if a peer that this rank waits for can no longer come, or `since` is too long ago.
     void check_peers(const char* phase, Clock::time_point since);
+    /// The error of a peer that is alive, but has not come by the deadline.
+    [[noreturn]] void fail_late(int peer, const char* phase, bool is_stopped);
     [[noreturn]] void fail(int culprit, const char* phase, const std::string& message);
     std::string describe(int peer) const;
     bool waits_for(int peer) const;

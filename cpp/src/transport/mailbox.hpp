@@ -52,6 +52,7 @@ struct alignas(128) RankCell {
     std::atomic<uint32_t> has_closed;
     std::atomic<uint64_t> process_start;      ///< tells a process from a later one of the same id
     std::atomic<uint64_t> process_namespace;  ///< within which `process` means something
+    std::atomic<uint64_t> notes;              ///< phases of another transport that it has entered
     SharedText<6> phase;                      ///< where it is, or was last
 };
 

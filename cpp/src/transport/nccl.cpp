@@ -1,6 +1,7 @@
 #include <chrono>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "moecore/buffer.hpp"
@@ -111,21 +112,23 @@ public:
         try {
             wait_for_stream(*this, device_, phase, stream, [&] { check_health(phase); });
         } catch (const TransportError& error) {
-            end(error.what());
-            throw;
+            give_up(error);
         }
     }
 
     void abort(const std::string& reason) noexcept override {
         if (hosts_ != nullptr) hosts_->abort(reason);
-        end(concat("rank ", rank_, " has failed: ", reason));
+        end(TransportError(rank_, "",
+                           concat("rank ", rank_, " has failed: ", reason,
+                                  ". Every rank needs a new transport.")));
     }
 
 private:
     /// Runs a call that puts work on a stream, and waits until NCCL has taken it.
     template <typename Fn>
     void enqueue(const char* phase, const char* what, Fn&& fn) {
-        throw_if_ended(phase);
+        throw_if_ended();
+        if (hosts_ != nullptr) hosts_->note(phase);
         nccl_.check(fn(), what);
         wait_until_ready(phase, deadline());
     }
@@ -133,7 +136,7 @@ private:
     void wait_until_ready(const char* phase, double deadline_s) {
         const Clock::time_point start = Clock::now();
         for (;;) {
-            throw_if_ended(phase);
+            throw_if_ended();
             int status = kNcclSuccess;
             nccl_.check(nccl_.comm_get_async_error(comm_, &status), "ncclCommGetAsyncError");
             if (status == kNcclSuccess) return;
@@ -146,7 +149,7 @@ private:
 
     /// While a stream is late: throws if NCCL or the host group has failed.
     void check_health(const char* phase) {
-        throw_if_ended(phase);
+        throw_if_ended();
         int status = kNcclSuccess;
         nccl_.check(nccl_.comm_get_async_error(comm_, &status), "ncclCommGetAsyncError");
         if (status != kNcclSuccess && status != kNcclInProgress)
@@ -154,23 +157,37 @@ private:
         if (hosts_ != nullptr) hosts_->check(phase);
     }
 
-    void throw_if_ended(const char* phase) {
+    void throw_if_ended() {
         const std::lock_guard lock(mutex_);
-        if (!reason_.empty()) throw TransportError(-1, phase, reason_);
+        if (reason_) throw TransportError(*reason_);
     }
 
     [[noreturn]] void fail(const char* phase, const std::string& what) {
-        const std::string message =
+        give_up(TransportError(
+            -1, phase,
             concat("rank ", rank_, " lost its peers in phase '", phase, "': NCCL says ", what,
-                   ". Look for the rank that stopped; every rank needs a new transport.");
-        end(message);
-        throw TransportError(-1, phase, message);
+                   ". Look for the rank that stopped; every rank needs a new transport.")));
+    }
+
+    /// Aborts the communicator and throws `error`, or who is to blame if the hosts know.
+    [[noreturn]] void give_up(const TransportError& error) {
+        try {
+            if (hosts_ != nullptr && error.rank() < 0) {
+                hosts_->set_deadline(deadline());
+                hosts_->blame(error.phase().c_str());
+            }
+        } catch (const TransportError& known) {
+            end(known);
+            throw;
+        }
+        end(error);
+        throw error;
     }
 
     /// Aborts the communicator; the first reason stays.
-    void end(const std::string& reason) noexcept {
+    void end(const TransportError& reason) noexcept {
         const std::lock_guard lock(mutex_);
-        if (!reason_.empty()) return;
+        if (reason_) return;
         reason_ = reason;
         if (comm_ != nullptr) nccl_.comm_abort(comm_);
         comm_ = nullptr;
@@ -185,7 +202,7 @@ private:
     cuda::PinnedBuffer pinned_;  ///<
     Workspace staging_;          ///<
     std::mutex mutex_;           ///< of reason_, and of the end of comm_
-    std::string reason_;
+    std::optional<TransportError> reason_;
 };
 
 }  // namespace

@@ -27,8 +27,9 @@ class GroupRunner:
         num_passes: passes that went through.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, transport: Transport) -> None:
         self._runner = runner
+        self._transport = transport
         self.block_size = runner.block_size
         self.num_blocks = runner.num_blocks
         self.vocab_size = runner.vocab_size
@@ -37,12 +38,17 @@ class GroupRunner:
 
     def run(self, batch: Batch) -> Tensor:
         logits = self._runner.run(batch)
-        self.num_passes += 1
+        self._end_pass()
         return logits
 
     def join(self) -> None:
         """Take part in a pass with no tokens of this rank's own."""
         self._runner.join()
+        self._end_pass()
+
+    def _end_pass(self) -> None:
+        # Whoever reads the logits would wait for a lost peer for ever; this wait has a deadline.
+        self._transport.synchronize("end of a pass")
         self.num_passes += 1
 
 
@@ -73,7 +79,7 @@ class Rank:
 
     def start(self, cache: CachePlan) -> Engine:
         """Make the engine, with the cache on which all ranks agree."""
-        self._runner = GroupRunner(self._assembly.runner(cache))
+        self._runner = GroupRunner(self._assembly.runner(cache), self.transport)
         self._engine = self._assembly.engine(self._runner)
         return self._engine
 

@@ -1,0 +1,85 @@
+// Copies at the pace of a link that is not there.
+//
+//   reads   `bytes` of the source
+//   writes  them to the target; a time stamp
+//
+// Any architecture. globaltimer counts nanoseconds, and moves at least every microsecond.
+
+#include <algorithm>
+
+#include "common/launch.cuh"
+#include "gpu.hpp"
+
+namespace moecore::bench {
+namespace {
+
+using cuda::check;
+using cuda::native;
+
+constexpr int kThreads = 512;
+constexpr int kWords = 4;  ///< of 16 bytes, in flight in a thread
+
+__device__ uint64_t begin_time;  ///< of the copy at hand: those of one stream follow each other
+
+__device__ uint64_t nanoseconds() {
+    uint64_t now = 0;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+
+__device__ void wait_until(uint64_t due) {
+    while (nanoseconds() < due) __nanosleep(200);
+}
+
+/// Every block copies a share side by side, and is never further than the time that has passed.
+__global__ void __launch_bounds__(kThreads)
+    paced_copy_kernel(uint4* target, const uint4* source, int64_t count, uint64_t duration) {
+    const uint64_t start = nanoseconds();
+    const int64_t begin = count * blockIdx.x / gridDim.x;
+    const int64_t end = count * (blockIdx.x + 1) / gridDim.x;
+    const int64_t share = max(end - begin, int64_t{1});
+    for (int64_t at = begin; at < end; at += kThreads * kWords) {
+        uint4 words[kWords];
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            const int64_t word = at + i * kThreads + threadIdx.x;
+            if (word < end) words[i] = source[word];
+        }
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            const int64_t word = at + i * kThreads + threadIdx.x;
+            if (word < end) target[word] = words[i];
+        }
+        if (threadIdx.x == 0)
+            wait_until(start + duration * static_cast<uint64_t>(at - begin) / share);
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) wait_until(start + duration);
+}
+
+__global__ void stamp_kernel() { begin_time = nanoseconds(); }
+
+__global__ void hold_kernel(uint64_t duration) { wait_until(begin_time + duration); }
+
+}  // namespace
+
+void paced_copy(void* target, const void* source, size_t bytes, double us, int blocks,
+                Stream stream) {
+    constexpr size_t kWordBytes = sizeof(uint4);
+    const auto duration = static_cast<uint64_t>(us * 1e3);
+    if (blocks > 0) {
+        require(bytes % kWordBytes == 0, "paced_copy: bytes must be a multiple of 16, got ", bytes);
+        paced_copy_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, native(stream)>>>(
+            static_cast<uint4*>(target), static_cast<const uint4*>(source),
+            static_cast<int64_t>(bytes / kWordBytes), duration);
+    } else {
+        stamp_kernel<<<1, 1, 0, native(stream)>>>();
+        if (bytes > 0)
+            check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, native(stream)),
+                  "cudaMemcpyAsync");
+        hold_kernel<<<1, 1, 0, native(stream)>>>(duration);
+    }
+    check(cudaPeekAtLastError(), "paced_copy launch");
+}
+
+}  // namespace moecore::bench
