@@ -5,6 +5,7 @@
 #include "moecore/error.hpp"
 #include "moecore/kernels/combine.hpp"
 #include "moecore/kernels/device_queue.hpp"
+#include "moecore/kernels/draw_tokens.hpp"
 #include "moecore/kernels/embedding.hpp"
 #include "moecore/kernels/gather_rows.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
@@ -35,6 +36,7 @@ void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_ex
 void route_and_sort(const RouteAndSortArgs&, Stream) { throw_no_cuda("route_and_sort"); }
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
+void draw_tokens(const DrawTokensArgs&, Stream) { throw_no_cuda("draw_tokens"); }
 void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }
 void gather_rows(const GatherRowsArgs&, Stream) { throw_no_cuda("gather_rows"); }
 void locate_results(const LocateResultsArgs&, Stream) { throw_no_cuda("locate_results"); }

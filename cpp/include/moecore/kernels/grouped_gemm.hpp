@@ -34,6 +34,7 @@ struct GroupedGemmArgs {
     DType bias_dtype;
     DType output_dtype;
     GroupedGemmConfig config;
+    Settled settled;  ///< may be read before the kernel ahead has ended
 };
 
 namespace cpu {
