@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ CombineArgs args) {
     const int64_t token = blockIdx.x;
     const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kCount;
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
     if (column >= args.hidden_size) return;
 
     // 1. Add the chosen experts' rows.

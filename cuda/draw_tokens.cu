@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     const Range range = {args.logits + row * args.logits_stride, begin,
                          min(begin + width, vocab_size)};
     if (threadIdx.x == 0) shared.params = args.params[row];
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
 
     // 1. The largest logit of the row, in every thread.
     const Best own = find_best(range, lane);

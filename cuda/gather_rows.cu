@@ -20,8 +20,8 @@ constexpr int64_t kBytesPerBlock = 4096;
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
     gather_rows_kernel(const __grid_constant__ GatherRowsArgs args) {
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
     const int64_t i = blockIdx.x;
     const int index = args.index[i];
     const int64_t row = index / args.slots_per_row;

@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     const RotaryEmbeddingArgs& rotary = args.rotary;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int64_t index = int64_t{blockIdx.x} * kWarpsPerBlock + warp;
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
     if (index >= rotary.num_tokens * rotary.num_heads) return;  // the whole warp
     const int64_t token = index / rotary.num_heads, head = index % rotary.num_heads;
     const RmsNormArgs& norm = head < args.query.num_heads ? args.query : args.key;

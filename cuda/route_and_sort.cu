@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     const int64_t begin = min(blockIdx.x * tokens_per_block, routing.num_tokens);
     const int64_t end = min(begin + tokens_per_block, routing.num_tokens);
     const int top_k = routing.config.top_k;
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
 
     // 1. Route this block's tokens. The sort finds their ids in shared memory, too.
     int32_t* ids = shared;

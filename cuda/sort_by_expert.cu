@@ -24,8 +24,8 @@ constexpr size_t kGrantedBytes = size_t{48} << 10;  ///< of shared memory, unask
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     sort_by_expert_kernel(const __grid_constant__ SortByExpertArgs args) {
     extern __shared__ int32_t shared[];
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
     const int64_t slots_per_block = ceil_div(args.num_slots, int64_t{gridDim.x});
     const int64_t begin = min(blockIdx.x * slots_per_block, args.num_slots);
     const int64_t end = min(begin + slots_per_block, args.num_slots);

@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
     const int64_t token = int64_t{blockIdx.x} * kWarpsPerBlock + warp;
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
     if (token >= args.num_tokens) return;  // a whole warp leaves, so the warp-wide calls stay full
 
     const Choice choice = route_token<kPerLane, Logit>(args, token, lane, choose_on_scores,

@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     __shared__ int64_t input_offset[BLOCK_M];   // of a row's first element, -1 for zeros
     __shared__ int64_t weight_offset[BLOCK_N];  // of a weight row's first element, -1 past N
 
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
 
     // 1. Find this block's rows, and where they and the weights lie.
     RowTile tile;

@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
         ptx::fence_barrier_init();
     }
     __syncthreads();  // barriers exist
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
 
     // 2. Every warpgroup keeps its role to the end.
     constexpr bool kMovesRegisters =

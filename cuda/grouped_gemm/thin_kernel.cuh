@@ -308,12 +308,12 @@ __global__ void __launch_bounds__(kThinThreads, 2)
         ptx::fence_barrier_init();
     }
     __syncthreads();  // barriers exist
-    allow_dependents();
     if (warp == kGroupThreads / kWarpSize) {
         if (lane == 0)
             thin_produce<kActivation != Activation::kNone>(params, weights_map, rows_map, stage);
     } else {
         wait_for_predecessors();
+        allow_dependents();
         thin_consume<kActivation>(params, stage, warp, lane);
     }
 }
