@@ -32,16 +32,20 @@ namespace {
 
 constexpr int kBlocksPerSplit = 4;
 constexpr int kMaxCluster = 8;
-constexpr int kTilesWanted = 264;  ///< blocks of a grid that fills the GPU: two for each of 132
+constexpr int kMultiprocessors = 132;  ///< that a grid should fill
+
+/// Blocks of keys and values in shared memory. `is_deep`: all of a split, where a multiprocessor
+/// has but one thread block and latency counts.
+template <int kD, bool is_deep>
+constexpr int kStagesOf = kD <= 64 || (kD <= 128 && is_deep) ? 4 : 2;
 constexpr float kLog2e = 1.44269504088896341f;
 
 /// Shared memory of a block. kD: the head's size, rounded up. kRowWarps: how many warps have rows
 /// of their own; with 1, four warps share 16 rows.
-template <int kD, int kRowWarps>
+template <int kD, int kRowWarps, int kStages>
 struct Shared {
     static constexpr int kRows = kWarpRows * kRowWarps;
     static constexpr int kThreads = (kRowWarps == 1 ? 4 : kRowWarps) * kWarpSize;
-    static constexpr int kStages = kD <= 64 ? 4 : 2;
     __nv_bfloat16 query[kRows * kD];
     __nv_bfloat16 key[kStages][kBlock * kD];
     __nv_bfloat16 value[kStages][kBlock * kD];
@@ -56,9 +60,9 @@ struct Shared {
 
 /// Leaves a split's result for the cluster: of rows row, row + 8 and the columns from `column` on.
 /// Sums of quarters from `quarter` on go to quarter_sum.
-template <int kD, int kRowWarps, int kWidth, int kQuarters>
+template <int kD, int kRowWarps, int kStages, int kWidth, int kQuarters>
 __device__ void store_result(const Accumulator<kWidth, kQuarters>& acc, int row, int column,
-                             int quarter, int lane, Shared<kD, kRowWarps>& shared) {
+                             int quarter, int lane, Shared<kD, kRowWarps, kStages>& shared) {
 #pragma unroll
     for (int half = 0; half < 2; ++half, row += 8) {
 #pragma unroll
@@ -78,10 +82,11 @@ __device__ void store_result(const Accumulator<kWidth, kQuarters>& acc, int row,
 
 /// Adds the results of `count` blocks of the cluster to the rows' totals, in order. This block adds
 /// 2^share_log2 columns from `begin` on; sums and maxima every block adds.
-template <int kD, int kRowWarps>
-__device__ void add_results(int count, int begin, int share_log2, Shared<kD, kRowWarps>& shared) {
-    constexpr int kThreads = Shared<kD, kRowWarps>::kThreads;
-    constexpr int kRows = Shared<kD, kRowWarps>::kRows;
+template <int kD, int kRowWarps, int kStages>
+__device__ void add_results(int count, int begin, int share_log2,
+                            Shared<kD, kRowWarps, kStages>& shared) {
+    constexpr int kThreads = Shared<kD, kRowWarps, kStages>::kThreads;
+    constexpr int kRows = Shared<kD, kRowWarps, kStages>::kRows;
     for (int row = threadIdx.x; row < kRows; row += kThreads) {
         float max = shared.total_max[row], sum = shared.total_sum[row];
         for (int b = 0; b < count; ++b) {
@@ -115,25 +120,31 @@ __device__ void add_results(int count, int begin, int share_log2, Shared<kD, kRo
     }
 }
 
-template <int kD, int kRowWarps>
-__global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
+template <int kD, int kRowWarps, int kStages>
+__global__ void __launch_bounds__(Shared<kD, kRowWarps, kStages>::kThreads)
     paged_attention_kernel(const __grid_constant__ PagedAttentionArgs args) {
     extern __shared__ __align__(128) unsigned char memory[];
-    auto& shared = *reinterpret_cast<Shared<kD, kRowWarps>*>(memory);
-    constexpr int kThreads = Shared<kD, kRowWarps>::kThreads;
-    constexpr int kRows = Shared<kD, kRowWarps>::kRows;
-    constexpr int kStages = Shared<kD, kRowWarps>::kStages;
+    using Memory = Shared<kD, kRowWarps, kStages>;
+    auto& shared = *reinterpret_cast<Memory*>(memory);
+    constexpr int kThreads = Memory::kThreads;
+    constexpr int kRows = Memory::kRows;
     const KvCacheArgs& cache = args.cache;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int rank = static_cast<int>(cluster_rank());
     int cluster = static_cast<int>(cluster_size());
     const int group = static_cast<int>(args.num_heads / cache.num_kv_heads);
     const int head = blockIdx.y;
-    wait_for_predecessors();
     allow_dependents();
+    bool is_waiting = true;
+    const auto wait = [&] {  // for what only the kernel ahead knows
+        if (!is_waiting) return;
+        is_waiting = false;
+        wait_for_predecessors();
+    };
+    if (!cache.is_settled) wait();
     const RowTile tile = find_tile(cache, args.num_tokens, group, kRows,
                                    static_cast<int>(blockIdx.x) / cluster, lane);
-    if (tile.sequence < 0) return;  // the whole cluster
+    if (tile.sequence < 0) return wait();  // the whole cluster
 
     // 1. Which blocks of the cache the tile needs, and the first of them on their way.
     const int last_row = min(tile.first + kRows, tile.num_rows) - 1;
@@ -141,7 +152,7 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
     const int num_blocks = ceil_div(context, kBlock);
     const int num_splits = ceil_div(num_blocks, kBlocksPerSplit);
     if (num_splits == 1) {  // nothing to add up: one block does it, and the others leave
-        if (rank > 0) return;
+        if (rank > 0) return wait();
         cluster = 1;
     }
     const auto next = [&](int block) {
@@ -153,6 +164,7 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
     int64_t place = incoming < num_blocks ? cache_block(cache, tile.sequence, incoming) : -1;
     const auto copy_next = [&](int to_stage) {
         if (incoming < num_blocks) {
+            if ((incoming + 1) * kBlock > tile.first_position) wait();  // it has new tokens
             copy_block<kD, kThreads>(cache, place, incoming, head, context, shared.key[to_stage],
                                      shared.value[to_stage]);
             incoming = next(incoming);
@@ -164,6 +176,7 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
     for (int s = 0; s < kStages - 1; ++s) copy_next(s);
 
     // 2. The rows' queries, and totals of nothing.
+    wait();
     const uint32_t query = shared_address(shared.query);
     for (int i = threadIdx.x; i < kRows * (kD / 8); i += kThreads) {
         const int row = i / (kD / 8), chunk = i % (kD / 8), q = tile.first + row;
@@ -191,6 +204,7 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
     }
 
     // 3. Rounds of one split for each block of the cluster.
+    const auto synchronize = [&] { cluster > 1 ? cluster_sync() : __syncthreads(); };
     const int share = kD / cluster, begin = rank * share, share_log2 = 31 - __clz(share);
     for (int round = 0; round * cluster < num_splits; ++round) {
         const int split = round * cluster + rank;
@@ -217,10 +231,9 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
         for (int row = threadIdx.x; row < kRows; row += kThreads)
             shared.result_sum[row] = (shared.quarter_sum[0][row] + shared.quarter_sum[1][row]) +
                                      (shared.quarter_sum[2][row] + shared.quarter_sum[3][row]);
-        cluster_sync();  // every result of the round is there
-        add_results<kD, kRowWarps>(min(num_splits - round * cluster, cluster), begin, share_log2,
-                                   shared);
-        cluster_sync();  // nobody reads the results any more
+        synchronize();  // every result of the round is there
+        add_results(min(num_splits - round * cluster, cluster), begin, share_log2, shared);
+        synchronize();  // nobody reads the results any more
     }
 
     // 4. Divide and store. Adding 0 makes one zero of both.
@@ -240,26 +253,32 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
     }
 }
 
-template <int kD, int kRowWarps>
-void launch(const PagedAttentionArgs& args, Stream stream) {
-    // Tiles of all sequences, at most: a sequence of n tokens has ceil(n * group / rows).
-    const int64_t rows = Shared<kD, kRowWarps>::kRows;
+/// Tiles of all sequences, at most: a sequence of n tokens has ceil(n * group / rows).
+int64_t most_tiles(const PagedAttentionArgs& args, int64_t rows) {
     const int64_t group = args.num_heads / args.cache.num_kv_heads;
-    const int64_t tiles = std::min(args.num_tokens * ceil_div(group, rows),
-                                   args.num_tokens * group / rows + args.cache.num_sequences);
+    return std::min(args.num_tokens * ceil_div(group, rows),
+                    args.num_tokens * group / rows + args.cache.num_sequences);
+}
+
+template <int kD, int kRowWarps, bool is_deep>
+void launch(const PagedAttentionArgs& args, Stream stream) {
+    using Memory = Shared<kD, kRowWarps, kStagesOf<kD, is_deep>>;
+    const int64_t tiles = most_tiles(args, Memory::kRows);
     int64_t cluster = is_sm90() ? kMaxCluster : 1;
-    // Clusters of eight pack badly: two for each multiprocessor would not run at once.
-    const auto wanted = [&] { return cluster == kMaxCluster ? kTilesWanted / 2 : kTilesWanted; };
+    // Two blocks for each multiprocessor; one where it is deep, or where clusters of eight, which
+    // pack badly, would not run at once.
+    const auto wanted = [&] {
+        return (is_deep || cluster == kMaxCluster ? 1 : 2) * kMultiprocessors;
+    };
     while (cluster > 1 && tiles * args.cache.num_kv_heads * cluster > wanted()) cluster /= 2;
-    const auto kernel = paged_attention_kernel<kD, kRowWarps>;
-    constexpr auto kBytes = sizeof(Shared<kD, kRowWarps>);
+    const auto kernel = paged_attention_kernel<kD, kRowWarps, kStagesOf<kD, is_deep>>;
+    constexpr auto kBytes = sizeof(Memory);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
     const dim3 grid(static_cast<unsigned>(tiles * cluster),
                     static_cast<unsigned>(args.cache.num_kv_heads));
-    launch_dependent_clusters("paged_attention", kernel, grid,
-                              dim3(Shared<kD, kRowWarps>::kThreads), static_cast<unsigned>(cluster),
-                              kBytes, stream, args);
+    launch_dependent_clusters("paged_attention", kernel, grid, dim3(Memory::kThreads),
+                              static_cast<unsigned>(cluster), kBytes, stream, args);
 }
 
 }  // namespace
@@ -270,10 +289,16 @@ void paged_attention(const PagedAttentionArgs& args, Stream stream) {
     const bool is_decode = args.num_tokens <= args.cache.num_sequences;
     const auto head_dim = static_cast<int>(args.cache.head_dim);
     dispatch_at_least(head_dim, std::integer_sequence<int, 64, 128, 256>{}, [&](auto size) {
-        if (is_decode)
-            launch<size(), 1>(args, stream);
+        // Before sm_90 that much shared memory is not everywhere.
+        const bool is_deep =
+            is_decode && is_sm90() &&
+            most_tiles(args, kWarpRows) * args.cache.num_kv_heads <= kMultiprocessors;
+        if (is_deep)
+            launch<size(), 1, true>(args, stream);
+        else if (is_decode)
+            launch<size(), 1, false>(args, stream);
         else
-            launch<size(), size() == 256 ? 2 : 4>(args, stream);
+            launch<size(), size() == 256 ? 2 : 4, false>(args, stream);
     });
 }
 

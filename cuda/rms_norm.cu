@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kPartials* kRowsPerBlock)
         static_cast<Element*>(args.output) + offset_of(args, args.output_strides, row);
     Element* residual = static_cast<Element*>(args.residual);
     if (residual != nullptr) residual += offset_of(args, args.residual_strides, row);
-    wait_for_predecessors();
     allow_dependents();
+    wait_for_predecessors();
 
     // 1. Squares; with a residual, the sum that takes its place.
     float partial = 0.0f;
@@ -112,11 +112,19 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<Element*>(args.output) + offset_of(args, args.output_strides, row);
     Element* residual = static_cast<Element*>(args.residual);
     if (residual != nullptr) residual += offset_of(args, args.residual_strides, row);
-    wait_for_predecessors();
     allow_dependents();
+    wait_for_predecessors();
 
-    // 1. The row; with a residual, the sum that takes its place.
-    for (int column = thread * kCount; column < width; column += kThreads * kCount) {
+    // 1. The row; with a residual, the sum that takes its place. The first weights are on their way
+    //    meanwhile.
+    const int first_column = thread * kCount;
+    const auto load_weights = [&](int column) {
+        return *reinterpret_cast<const Vector<Weight, kCount>*>(
+            static_cast<const Weight*>(args.weight) + column);
+    };
+    Vector<Weight, kCount> w{};
+    if (first_column < width) w = load_weights(first_column);
+    for (int column = first_column; column < width; column += kThreads * kCount) {
         Elements x = *reinterpret_cast<const Elements*>(input + column);
         if (residual != nullptr) {
             auto* target = reinterpret_cast<Elements*>(residual + column);
@@ -148,9 +156,8 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();  // the scale is there
 
     // 3. Scale.
-    const auto* weight = static_cast<const Weight*>(args.weight);
-    for (int column = thread * kCount; column < width; column += kThreads * kCount) {
-        const auto w = *reinterpret_cast<const Vector<Weight, kCount>*>(weight + column);
+    for (int column = first_column; column < width; column += kThreads * kCount) {
+        if (column != first_column) w = load_weights(column);
         Elements y;
 #pragma unroll
         for (int i = 0; i < kCount; ++i)

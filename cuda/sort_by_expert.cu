@@ -1,5 +1,4 @@
-// Stable counting sort of slots by expert, in one cluster of up to eight thread blocks; several
-// sorts run side by side.
+// Stable counting sort of slots by expert, in one cluster of up to eight thread blocks.
 //
 //   reads   4 * S * 4 bytes                topk_ids, slot_to_row [S], S = T * k, twice each
 //   writes  3 * S * 4 + E_local * 8 bytes  sorted_slots, slot_to_row [S], expert_offsets
@@ -22,46 +21,36 @@ constexpr int kMaxBlocks = 8;                       ///< every device with clust
 constexpr int64_t kSlotsPerBlock = 512;             ///< before another block joins
 constexpr size_t kGrantedBytes = size_t{48} << 10;  ///< of shared memory, unasked
 
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
-    sort_by_expert_kernel(const __grid_constant__ SortsArgs all) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
+    sort_by_expert_kernel(const __grid_constant__ SortByExpertArgs args) {
     extern __shared__ int32_t shared[];
     wait_for_predecessors();
     allow_dependents();
-    const SortByExpertArgs& args = all.sorts[blockIdx.y];
     const int64_t slots_per_block = ceil_div(args.num_slots, int64_t{gridDim.x});
     const int64_t begin = min(blockIdx.x * slots_per_block, args.num_slots);
-    sort_slots(args, begin, min(begin + slots_per_block, args.num_slots), shared);
+    const int64_t end = min(begin + slots_per_block, args.num_slots);
+    sort_slots(args, {begin, end, args.topk_ids, args.slot_to_row, 0}, shared);
 }
 
 }  // namespace
 
 void sort_by_expert(const SortByExpertArgs& args, Stream stream) {
-    sort_all({.sorts = {args}, .count = 1}, stream);
-}
-
-void sort_all(const SortsArgs& args, Stream stream) {
-    int64_t num_slots = 0;
-    int num_experts = 0;
-    for (int i = 0; i < args.count; ++i) {
-        num_slots = std::max(num_slots, args.sorts[i].num_slots);
-        num_experts = std::max(num_experts, args.sorts[i].num_local_experts);
-    }
     unsigned num_blocks = 1;
     if (is_sm90())
-        while (num_blocks < kMaxBlocks && num_blocks * kSlotsPerBlock < num_slots) num_blocks *= 2;
+        while (num_blocks < kMaxBlocks && num_blocks * kSlotsPerBlock < args.num_slots)
+            num_blocks *= 2;
     // A thread for every slot and for every expert, as far as threads and shared memory go.
-    const int64_t slots_per_block = ceil_div(num_slots, int64_t{num_blocks});
-    const int64_t threads = std::max<int64_t>(slots_per_block, num_experts);
+    const int64_t slots_per_block = ceil_div(args.num_slots, int64_t{num_blocks});
+    const int64_t threads = std::max<int64_t>(slots_per_block, args.num_local_experts);
     const int num_warps =
         static_cast<int>(std::clamp<int64_t>(ceil_div(threads, kWarpSize), 1, kMaxWarps));
-    const size_t shared_bytes = sort_shared_bytes(num_warps, num_experts);
+    const size_t shared_bytes = sort_shared_bytes(num_warps, args.num_local_experts);
     if (shared_bytes > kGrantedBytes)  // at most 141 KiB: an sm_80 has 163
         check(
             cudaFuncSetAttribute(sort_by_expert_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_bytes)),
             "cudaFuncSetAttribute");
-    launch_dependent_clusters("sort_by_expert", sort_by_expert_kernel,
-                              dim3(num_blocks, static_cast<unsigned>(args.count)),
+    launch_dependent_clusters("sort_by_expert", sort_by_expert_kernel, dim3(num_blocks),
                               dim3(static_cast<unsigned>(num_warps * kWarpSize)), num_blocks,
                               shared_bytes, stream, args);
 }

@@ -95,8 +95,8 @@ def test_a_row_does_not_depend_on_the_batch_or_the_blocks():
 
 def test_what_lies_outside_the_cache_is_neither_read_nor_written():
     query, key, value = (rows.cuda() for rows in make_rows(100, 4, 2, 32))
-    guard = torch.full((3, 2, BLOCK * 32), 7.0, dtype=torch.bfloat16, device="cuda")
-    caches = guard[1:2], guard[1:2].clone()
+    guard = torch.full((4, 1, BLOCK * 32), 7.0, dtype=torch.bfloat16, device="cuda")
+    caches = guard[1:3], guard[1:3].clone()  # two heads of one block
     for table in ([[0, 1]], [[0, -1]], [[0, 2**31 - 1]], [[0]]):
         batch = batch_of([100], [100], torch.tensor(table, dtype=torch.int32))
         batch = {name: t.cuda() for name, t in batch.items()}
@@ -104,7 +104,7 @@ def test_what_lies_outside_the_cache_is_neither_read_nor_written():
         out = ops.paged_attention(query, *caches, **batch, scale=0.125)
         assert out[:64].isfinite().all()
         assert guard[0].eq(7).all()
-        assert guard[2].eq(7).all()
+        assert guard[3].eq(7).all()
 
 
 def test_tokens_of_no_sequence_are_left_alone():
@@ -117,4 +117,4 @@ def test_tokens_of_no_sequence_are_left_alone():
     ops.paged_attention(query, *caches, **batch, scale=0.125, out=out)
     torch.testing.assert_close(out[0], value[0].repeat_interleave(2, dim=0))
     assert out[1:].eq(7).all()
-    assert caches[0][1].eq(0).all()
+    assert caches[0][:, 1].eq(0).all()

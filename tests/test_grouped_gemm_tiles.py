@@ -6,7 +6,8 @@ Sizes here are multiples of 8 and weights plain, as the CUDA kernels for large t
 import pytest
 import torch
 
-from gemm_data import assert_same_bits, make_weights, randn
+import oracle
+from gemm_data import ACTIVATIONS, assert_close, assert_same_bits, make_weights, randn
 from moecore import MoELayer, ops
 
 SWIGLU = ops.GroupedGemmConfig(activation="swiglu")
@@ -18,9 +19,10 @@ def bf16(*shape, seed=0, device="cpu"):
 
 @pytest.mark.parametrize("config", [ops.GroupedGemmConfig(), SWIGLU], ids=["none", "swiglu"])
 @pytest.mark.parametrize("n", [64, 272])
-def test_a_rows_bits_are_the_same_from_1_to_4096_rows(device, n, config):
-    x = bf16(4096, 136, device=device)
-    weight = make_weights(1, n, 136, torch.bfloat16)[0].to(device)
+@pytest.mark.parametrize("k_dim", [136, 320])
+def test_a_rows_bits_are_the_same_from_1_to_4096_rows(device, k_dim, n, config):
+    x = bf16(4096, k_dim, device=device)
+    weight = make_weights(1, n, k_dim, torch.bfloat16)[0].to(device)
     together = ops.linear(x, weight, config=config)
     for num_rows in (1, 8, 9, 31, 64, 65, 100, 128, 129, 192, 193, 1000):
         for first in (0, 4096 - num_rows):
@@ -28,6 +30,43 @@ def test_a_rows_bits_are_the_same_from_1_to_4096_rows(device, n, config):
             assert_same_bits(ops.linear(x[rows], weight, config=config), together[rows])
     order = torch.randperm(4096, generator=torch.Generator().manual_seed(4)).to(device)
     assert_same_bits(ops.linear(x[order], weight, config=config), together[order])
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 30, 64, 130])
+@pytest.mark.parametrize("config", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+def test_a_projection_matches_the_oracle(device, config, num_rows):
+    """K of whole blocks of 64, as real models have; outputs that are not aligned, and float32."""
+    k_dim, n = 448, 240
+    x, weights = bf16(num_rows, k_dim), make_weights(1, n, k_dim, torch.bfloat16)
+    bias = randn(1, n, seed=2)
+    want = oracle.grouped_gemm(x, weights, torch.tensor([0, num_rows]), bias=bias, **config)
+    width = n if config["activation"] == "none" else n // 2
+    for dtype, shift in ((torch.bfloat16, 0), (torch.bfloat16, 3), (torch.float32, 1)):
+        memory = torch.full((num_rows + 1, width + 5), 7.0, dtype=dtype, device=device)
+        got = memory[:num_rows, shift : shift + width]
+        ops.linear(
+            x.to(device),
+            weights[0].to(device),
+            bias[0].to(device),
+            config=ops.GroupedGemmConfig(**config),
+            out=got,
+        )
+        assert_close(got, *want)
+        got.fill_(7.0)
+        assert (memory == 7.0).all()  # nothing else was written
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 32, 128])
+@pytest.mark.parametrize(("n", "k_dim"), [(128, 2048), (2048, 4096), (5120, 2048)])
+def test_few_weight_rows_have_the_bits_of_many(device, n, k_dim, num_rows):
+    """The projections of a small model: their tiles depend on how many weight rows there are."""
+    if device == "cpu":
+        n, k_dim = n // 16, k_dim // 8
+    x = bf16(num_rows, k_dim, device=device)
+    weight = make_weights(1, n, k_dim, torch.bfloat16)[0].to(device)
+    many = weight.repeat(17000 // n, 1)
+    assert_same_bits(ops.linear(x, weight), ops.linear(x, many)[:, :n])
+    assert_same_bits(ops.linear(x, weight), ops.linear(x.repeat(40, 1), weight)[-num_rows:])
 
 
 @pytest.mark.parametrize(

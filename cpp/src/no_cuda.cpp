@@ -5,6 +5,7 @@
 #include "moecore/error.hpp"
 #include "moecore/kernels/combine.hpp"
 #include "moecore/kernels/device_queue.hpp"
+#include "moecore/kernels/draw_tokens.hpp"
 #include "moecore/kernels/embedding.hpp"
 #include "moecore/kernels/gather_rows.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
@@ -13,7 +14,6 @@
 #include "moecore/kernels/norm_and_rotate.hpp"
 #include "moecore/kernels/paged_attention.hpp"
 #include "moecore/kernels/peer_memory.hpp"
-#include "moecore/kernels/plan_dispatch.hpp"
 #include "moecore/kernels/rms_norm.hpp"
 #include "moecore/kernels/rotary_embedding.hpp"
 #include "moecore/kernels/route_and_sort.hpp"
@@ -37,6 +37,7 @@ void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_ex
 void route_and_sort(const RouteAndSortArgs&, Stream) { throw_no_cuda("route_and_sort"); }
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
+void draw_tokens(const DrawTokensArgs&, Stream) { throw_no_cuda("draw_tokens"); }
 void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }
 void gather_rows(const GatherRowsArgs&, Stream) { throw_no_cuda("gather_rows"); }
 void locate_results(const LocateResultsArgs&, Stream) { throw_no_cuda("locate_results"); }
@@ -44,8 +45,6 @@ void rms_norm(const RmsNormArgs&, Stream) { throw_no_cuda("rms_norm"); }
 void norm_and_rotate(const NormAndRotateArgs&, Stream) { throw_no_cuda("norm_and_rotate"); }
 void rotary_embedding(const RotaryEmbeddingArgs&, Stream) { throw_no_cuda("rotary_embedding"); }
 
-void dispatch_bins(const DispatchBinsArgs&, Stream) { throw_no_cuda("dispatch_bins"); }
-void dispatch_lists(const DispatchListsArgs&, Stream) { throw_no_cuda("dispatch_lists"); }
 void write_kv_cache(const WriteKvCacheArgs&, Stream) { throw_no_cuda("write_kv_cache"); }
 void paged_attention(const PagedAttentionArgs&, Stream) { throw_no_cuda("paged_attention"); }
 

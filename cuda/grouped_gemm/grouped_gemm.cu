@@ -1,6 +1,6 @@
 // Grouped GEMM: chooses the kernel.
 //
-//   reads, writes  as the kernel says: sm90.cu, simple.cu
+//   reads, writes  as the kernel says: sm90.cu, thin.cu, simple.cu
 //
 // No kernel of its own, any architecture.
 
@@ -10,6 +10,7 @@
 #include "common/launch.cuh"
 #include "grouped_gemm/simple.hpp"
 #include "grouped_gemm/sm90.hpp"
+#include "grouped_gemm/thin.hpp"
 
 namespace moecore::cuda {
 namespace {
@@ -43,15 +44,19 @@ void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
     const bool is_hopper = major == 9 && minor == 0;
     if (!is_hopper || wants_simple() || sm90::why_not(args) != nullptr)
         return simple_grouped_gemm(args, stream);
-    const GemmConfig config = choose_config({
+    const GemmProblem problem{
         .num_rows = args.num_rows,
         .num_groups = args.num_groups,
         .n = args.n,
         .k_dim = args.k_dim,
         .is_gated = is_gated(args.config.activation),
         .num_multiprocessors = num_multiprocessors,
-    });
-    sm90::grouped_gemm(args, config, stream);
+    };
+    if (sm90::is_thin(args)) {
+        const ThinConfig config = choose_thin(problem);
+        if (config.is_better) return sm90::thin_gemm(args, config, stream);
+    }
+    sm90::grouped_gemm(args, choose_config(problem), stream);
 }
 
 }  // namespace moecore::cuda

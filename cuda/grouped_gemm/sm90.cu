@@ -12,12 +12,10 @@
 
 #include "grouped_gemm/sm90.hpp"
 
-#include <cudaTypedefs.h>
-
 #include <array>
-#include <bit>
 
 #include "grouped_gemm/sm90_kernel.cuh"
+#include "grouped_gemm/tensor_map.hpp"
 
 namespace moecore::cuda::sm90 {
 namespace {
@@ -25,39 +23,6 @@ namespace {
 using Narrow = TileShape<2, 1, 64, 8, 4, 2, 1>;
 using Wide = TileShape<2, 2, 192, 16, 1, 1, 1>;
 using Pair = TileShape<2, 2, 192, 16, 1, 1, 2>;
-
-/// The driver's cuTensorMapEncodeTiled, found through the runtime: nothing links to the driver.
-PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                           cudaEnableDefault, &found),
-          "cudaGetDriverEntryPointByVersion");
-    if (found != cudaDriverEntryPointSuccess || function == nullptr)
-        throw CudaError("grouped_gemm: the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
-
-/// A bfloat16 tensor as the copy engine sees it, swizzled for wgmma; zeros lie around it.
-template <size_t kRank>
-CUtensorMap encode_map(const void* data, const std::array<cuuint64_t, kRank>& sizes,
-                       const std::array<cuuint64_t, kRank - 1>& strides,
-                       const std::array<cuuint32_t, kRank>& box, const char* name, int64_t n,
-                       int64_t k_dim) {
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
-    std::array<cuuint32_t, kRank> steps;
-    steps.fill(1);
-    CUtensorMap map{};
-    const CUresult result =
-        encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes.data(),
-               strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS)
-        throw CudaError(concat("grouped_gemm: cuTensorMapEncodeTiled failed with error ",
-                               static_cast<int>(result), " for ", name, " [", n, ", ", k_dim, "]"));
-    return map;
-}
 
 /// Weights as {K, 8 rows, halves or eights, eights, groups}. Gated: eight rows of gate and the same
 /// eight of up take turns, whatever their order in memory, so that both sums of a feature reach one
@@ -89,8 +54,6 @@ CUtensorMap map_rows(const GroupedGemmArgs& args) {
     const std::array<cuuint32_t, 2> box = {BLOCK_K, kBoxRows};
     return encode_map(args.input, sizes, strides, box, "input", args.num_input_rows, args.k_dim);
 }
-
-bool is_multiple_of_16(const void* pointer) { return std::bit_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <Activation kActivation, typename Shape>
 void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream) {

@@ -48,13 +48,8 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], noise: Sequence[float
 
 def argmax(logits: Tensor) -> tuple[list[int], list[float]]:
     """The first of each row's largest logits [N, V], and that logit; NaN if the row holds one."""
-    if logits.device.type == "cpu":
-        zeros = [0.0] * len(logits)
-        return _core.draw_tokens(logits, zeros, zeros, zeros)
-    largest, ids = logits.max(dim=-1)
-    # One transfer from the device brings both: ids are exact in float64.
-    both = torch.stack([ids.double(), largest.double()]).tolist()
-    return [int(token_id) for token_id in both[0]], both[1]
+    zeros = [0.0] * len(logits)
+    return _core.draw_tokens(logits, zeros, zeros, zeros)
 
 
 def top_ids(logits: Tensor, k: int) -> Tensor:
@@ -88,11 +83,8 @@ def _draw_whole(
     logits: Tensor, params: Sequence[SamplingParams], noise: Sequence[float]
 ) -> list[int]:
     """Draw from all tokens of each row."""
-    if logits.device.type == "cpu":
-        temperature, min_p = [p.temperature for p in params], [p.min_p for p in params]
-        return _core.draw_tokens(logits, temperature, min_p, list(noise))[0]
-    sums = _weights(logits, params).cumsum(dim=-1)
-    return [int(token) for token in _hit(sums, _column(noise, logits)).tolist()]
+    temperature, min_p = [p.temperature for p in params], [p.min_p for p in params]
+    return _core.draw_tokens(logits, temperature, min_p, list(noise))[0]
 
 
 def _draw_ranked(

@@ -168,8 +168,10 @@ class Engine:
         try:
             scheduled = self.scheduler.schedule()
             logits = self._runner.run(Batch.of(scheduled))
-            sampled = self._sample(logits, [c for c in scheduled if c.needs_sample])
-            return self._update(scheduled, sampled)
+            # What needs no token is done while a GPU still computes them.
+            to_sample = [c for c in scheduled if c.needs_sample]
+            self.scheduler.advance(scheduled)
+            return self._update(self._sample(logits, to_sample))
         except BaseException:
             self.scheduler.clear()
             self._unfinished.clear()
@@ -197,10 +199,7 @@ class Engine:
         tokens = sample(logits, [completion.sampler for completion in completions])
         return list(zip(completions, tokens, strict=True))
 
-    def _update(
-        self, scheduled: list[Completion], sampled: list[tuple[Completion, SampledToken]]
-    ) -> list[RequestOutput]:
-        self.scheduler.advance(scheduled)
+    def _update(self, sampled: list[tuple[Completion, SampledToken]]) -> list[RequestOutput]:
         now = time.monotonic()
         touched: dict[str, Request] = {}
         for completion, token in sampled:

@@ -128,8 +128,9 @@ def sample(logits: Tensor, samplers: list[RequestSampler]) -> list[SampledToken]
         1
     """
     _check_logits(logits, samplers)
-    token_ids = _argmax(logits, samplers)
+    # Before the first look at the logits, for which a GPU must have ended its pass.
     others = [i for i, sampler in enumerate(samplers) if not sampler.is_plain_greedy]
+    token_ids = _argmax(logits, samplers)
     if not others:
         return [SampledToken(token_id) for token_id in token_ids]
 
@@ -186,12 +187,14 @@ def _with_logprobs(
 def _argmax(logits: Tensor, samplers: list[RequestSampler]) -> list[int]:
     """The first of each row's largest logits. Raises where that is no finite number."""
     token_ids, largest = argmax(logits)
-    for row, value in enumerate(largest):
-        if not math.isfinite(value):
-            name = samplers[row].request_id
-            where = f"row {row}" if name is None else f"request {name!r}"
-            rule = "finite or -inf, and one of them finite"
-            raise ValueError(f"sample: logits of {where} must be {rule}, got a maximum of {value}")
+    finite = list(map(math.isfinite, largest))
+    if not all(finite):
+        row = finite.index(False)
+        name = samplers[row].request_id
+        where = f"row {row}" if name is None else f"request {name!r}"
+        rule = "finite or -inf, and one of them finite"
+        got = f"a maximum of {largest[row]}"
+        raise ValueError(f"sample: logits of {where} must be {rule}, got {got}")
     return token_ids
 
 

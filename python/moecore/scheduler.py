@@ -110,6 +110,10 @@ class Scheduler(Generic[S]):
         # Preemption shortens the list from its end while the loop is on its way there.
         for sequence in self.running:
             is_decode = sequence.num_uncached_tokens == 1
+            if is_decode and sequence.num_cached_tokens < len(sequence.block_ids) * self.block_size:
+                sequence.num_scheduled_tokens = 1  # most of all cases: its block has room
+                scheduled.append(sequence)
+                continue
             wanted = 1 if is_decode else min(sequence.num_uncached_tokens, budget)
             sequence.num_scheduled_tokens = self._reserve(sequence, wanted)
             if sequence.num_scheduled_tokens > 0:

@@ -1,4 +1,5 @@
 #include "grouped_gemm/config.hpp"
+#include "grouped_gemm/thin_config.hpp"
 #include "test_main.hpp"
 
 namespace moecore::test {
@@ -72,6 +73,44 @@ void row_tiles_that_share_weights_fit_into_the_cache() {
     expect(row_tiles_in_cache(192, 1 << 20) == 1, "a K of which not one fits");
 }
 
+GemmProblem projection(int64_t num_rows, int64_t n, int64_t k_dim) {
+    return {.num_rows = num_rows,
+            .num_groups = 1,
+            .n = n,
+            .k_dim = k_dim,
+            .is_gated = false,
+            .num_multiprocessors = 132};
+}
+
+void every_thin_choice_fits_into_shared_memory() {
+    for (const int64_t n : {8, 128, 2048, 5120, 151936}) {
+        for (const int64_t k_dim : {64, 320, 2048, 7168}) {
+            for (int64_t num_rows = 1; num_rows <= 20000; num_rows += 1 + num_rows / 7) {
+                const ThinConfig config = choose_thin(projection(num_rows, n, k_dim));
+                const std::string problem = concat(num_rows, " rows, ", n, " x ", k_dim);
+                expect(config.weight_rows % 16 == 0 && config.weight_rows <= 64, problem);
+                expect(config.max_tokens % 8 == 0 && config.max_tokens <= 128, problem);
+                expect(config.num_stages >= 1 && config.num_stages <= kThinMaxStages, problem);
+                const int64_t stage =
+                    config.stage_depth * kRowBytes * (config.weight_rows + config.max_tokens);
+                expect(config.num_stages * stage <= kThinRingBytes, problem);
+                expect(
+                    config.num_stages >= 4 || config.num_stages * config.stage_depth * 64 >= k_dim,
+                    problem);
+            }
+        }
+    }
+}
+
+void projections_of_decode_are_thin_and_large_ones_are_not() {
+    for (const int64_t num_rows : {1, 8, 32, 128}) {
+        for (const auto& [n, k_dim] : {std::pair{128, 2048}, {2048, 4096}, {5120, 2048}})
+            expect(choose_thin(projection(num_rows, n, k_dim)).is_better, concat(n, " x ", k_dim));
+        expect(!choose_thin(projection(num_rows, 151936, 2048)).is_better, "the head");
+    }
+    expect(!choose_thin(projection(8192, 5120, 2048)).is_better, "a prompt");
+}
+
 }  // namespace
 
 void add_gemm_config_tests(std::vector<Test>& tests) {
@@ -83,6 +122,10 @@ void add_gemm_config_tests(std::vector<Test>& tests) {
                      groups_of_more_than_two_tiles_take_pairs});
     tests.push_back({"gemm_config: row tiles that share weights fit into the cache",
                      row_tiles_that_share_weights_fit_into_the_cache});
+    tests.push_back({"gemm_config: every thin choice fits into shared memory",
+                     every_thin_choice_fits_into_shared_memory});
+    tests.push_back({"gemm_config: projections of decode are thin and large ones are not",
+                     projections_of_decode_are_thin_and_large_ones_are_not});
     tests.push_back({"gemm_config: real models decode narrow and prefill wide",
                      real_models_decode_narrow_and_prefill_wide});
 }

@@ -68,22 +68,24 @@ public:
 
     /// The first half. `is_first`: residual holds the embedding, and delta nothing yet.
     /// positions [T] int32, cos_sin [P, rotary_dim] float32: as rotary_embedding (kHalves) takes
-    /// them.
+    /// them. `settled`: whether that holds of the layer's weights.
     void before_attention(const Activations& activations, const TensorView& positions,
-                          const TensorView& cos_sin, bool is_first, Stream stream = {}) const;
+                          const TensorView& cos_sin, bool is_first, Stream stream = {},
+                          Settled settled = Settled::kNothing) const;
 
     /// before_attention without its last step, for models that change qkv before it turns.
     void project_qkv(const Activations& activations, bool is_first, Stream stream = {}) const;
 
     /// The second half. Takes from `workspace` and resets it.
-    void after_attention(const Activations& activations, Workspace& workspace,
-                         Stream stream = {}) const;
+    void after_attention(const Activations& activations, Workspace& workspace, Stream stream = {},
+                         Settled settled = Settled::kNothing) const;
 
     const DecoderConfig& config() const { return config_; }
 
 private:
     void check_call(const Activations& activations) const;
-    void project(const ActivationTensors& tensors, bool is_first, Stream stream) const;
+    void project(const ActivationTensors& tensors, bool is_first, Stream stream,
+                 Settled settled) const;
     void normalise_heads(const ActivationTensors& tensors, Stream stream) const;
 
     DecoderConfig config_;

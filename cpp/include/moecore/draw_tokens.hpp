@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <span>
 
+#include "moecore/stream.hpp"
 #include "moecore/tensor_view.hpp"
 
 namespace moecore {
@@ -19,18 +20,19 @@ struct DrawnToken {
     float maximum;     ///< the row's largest logit; NaN if it holds one
 };
 
-/// Chooses one token of each row, on the CPU. Token i has the integer weight
+/// Chooses one token of each row; the call returns when that is done. Token i has the integer weight
 ///
 ///     w = exp((logits[i] - maximum) / temperature)
 ///     floor(2^40 * w), or 0 if w < min_p
 ///
 /// and the token is chosen into whose share of the running sum of weights the noise falls. Integers
-/// add up to one number in any order: a row's token depends on that row only.
+/// add up to one number in any order: a row's token depends on that row only, and is the same on
+/// every device.
 ///
-/// logits  [N, V] float32, rows contiguous, V in [1, 2^22]; params and tokens hold N each
-/// Throws InvalidArgument if a shape, dtype, stride or value is not as above; UnsupportedError for
-/// logits on another device.
+/// logits  [N, V] float32, rows contiguous, V in [1, 2^22], N < 2^16 on CUDA; params and tokens
+///         hold N each, in the host's memory
+/// Throws InvalidArgument if a shape, dtype, stride or value is not as above.
 void draw_tokens(const TensorView& logits, std::span<const DrawParams> params,
-                 std::span<DrawnToken> tokens);
+                 std::span<DrawnToken> tokens, Stream stream = {});
 
 }  // namespace moecore

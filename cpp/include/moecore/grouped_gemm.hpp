@@ -34,6 +34,11 @@ struct GroupedGemmConfig {
     float up_offset = 1.0f;
 };
 
+/// What no operation of the stream that may still run writes. On CUDA those are moecore's own since
+/// the last that waits for all before it, as other libraries' and embedding do; a kernel then loads
+/// it while they run. Elsewhere it means nothing.
+enum class Settled : uint8_t { kNothing, kWeights };
+
 /// Weights of a grouped_gemm: a plain tensor or a packed one. Borrows either.
 struct GroupedGemmWeights {
     TensorView plain;                       ///< [G, N, K], K or N contiguous
@@ -78,6 +83,7 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
 /// where a row's bits must not depend on the batch.
 /// input [T, K], weight [N, K] (or packed with one group), bias [N] or absent, output [T, N].
 void linear(const TensorView& input, const GroupedGemmWeights& weight, const TensorView& bias,
-            const GroupedGemmConfig& config, const TensorView& output, Stream stream = {});
+            const GroupedGemmConfig& config, const TensorView& output, Stream stream = {},
+            Settled settled = Settled::kNothing);
 
 }  // namespace moecore

@@ -39,6 +39,9 @@ struct SequenceBatch {
     TensorView query_offsets;  ///< [S + 1], non-decreasing from 0 to T
     TensorView context_lens;   ///< [S], with the tokens of this call
     TensorView block_tables;   ///< [S, B], rows contiguous; B * 64 >= every context length
+    /// That no operation of the stream which may still run (see Settled) writes these, or the cache
+    /// before the new tokens' positions: on CUDA, kernels then read them early.
+    bool is_settled = false;
 };
 
 }  // namespace moecore

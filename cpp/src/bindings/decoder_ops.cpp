@@ -27,7 +27,7 @@ public:
           tables_(block_tables, op, "block_tables") {}
 
     KvCache cache() const { return {key_, value_}; }
-    SequenceBatch batch() const { return {offsets_, lens_, tables_}; }
+    SequenceBatch batch() const { return {offsets_, lens_, tables_, false}; }
 
 private:
     TensorArg key_, value_, offsets_, lens_, tables_;
@@ -99,7 +99,7 @@ void bind_decoder_ops(py::module_& module) {
                    std::vector<DrawnToken> tokens(params.size());
                    {
                        py::gil_scoped_release release;
-                       draw_tokens(rows, params, tokens);
+                       draw_tokens(rows, params, tokens, rows.current_stream());
                    }
                    py::list token_ids, maxima;
                    for (const DrawnToken& token : tokens) {

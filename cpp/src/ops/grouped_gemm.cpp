@@ -196,7 +196,8 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
 }
 
 void linear(const TensorView& input, const GroupedGemmWeights& weight, const TensorView& bias,
-            const GroupedGemmConfig& config, const TensorView& output, Stream stream) {
+            const GroupedGemmConfig& config, const TensorView& output, Stream stream,
+            Settled settled) {
     const Check check("linear");
     // One matrix [N, K] is a group of one.
     const auto with_group = [&](const char* name, const TensorView& view, int rank) {
@@ -221,6 +222,7 @@ void linear(const TensorView& input, const GroupedGemmWeights& weight, const Ten
     check.that(sizes.num_groups == 1, "weight must hold one group, got ", sizes.num_groups);
     check_bias(check, with_group("bias", bias, 1), sizes, input, output, args);
     check.shape("output", output, {input.shape[0], output.shape[1]});
+    args.settled = settled;
     run(args, input.device, stream);
 }
 

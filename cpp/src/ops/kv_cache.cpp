@@ -74,6 +74,7 @@ KvCacheArgs checked_kv_cache(const Check& check, const char* op, const KvCache& 
         .block_table_width = batch.block_tables.shape[1],
         .num_sequences = batch.context_lens.shape[0],
         .dtype = cache.key.dtype,
+        .is_settled = batch.is_settled,
     };
     if (cache.key.device.type == DeviceType::kCuda) {
         if (args.dtype != DType::kBFloat16 || head_dim % kCudaHeadDimStep != 0)

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -23,7 +22,6 @@ struct Agreement {
     std::vector<std::span<const float>> weights;  ///< topk_weights likewise; with kFast only
     std::vector<char> bytes;
 
-    int64_t max_tokens() const { return *std::max_element(num_tokens.begin(), num_tokens.end()); }
     bool has_routes() const { return !ids.empty(); }
 };
 

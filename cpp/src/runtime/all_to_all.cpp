@@ -5,7 +5,6 @@
 #include "moecore/combine.hpp"
 #include "moecore/error.hpp"
 #include "moecore/gather_rows.hpp"
-#include "runtime/device_plan.hpp"
 #include "runtime/take_all.hpp"
 
 namespace moecore {
@@ -24,10 +23,13 @@ public:
           call_(call),
           is_on_host_(transport_.device().type == DeviceType::kCpu),
           places_(agreement.ranges, num_groups),
-          plan_(places_.num_groups(), places_.num_ranks()),
-          row_bytes_(static_cast<size_t>(call.config.hidden_size) * size_of(call.config.dtype)),
-          counters_(resources.workspace.counters()) {
-        make_plan(resources.plan_storage, agreement, stream);
+          plan_(make_dispatch_plan(places_, transport_.rank(), call.config.routing.top_k,
+                                   agreement.ids)),
+          row_bytes_(static_cast<size_t>(call.config.hidden_size) * size_of(call.config.dtype)) {
+        if (call.how.combine == CombineMode::kFast)
+            fast_.emplace(plan_, call.config.routing.top_k, agreement.weights);
+        tensors_ = place_plan(plan_, fast_ ? &*fast_ : nullptr, places_, transport_.rank(),
+                              resources.plan_storage, transport_.device(), stream);
         take_scratch(resources.workspace);
     }
 
@@ -50,9 +52,9 @@ public:
             const MoEWeights& weights = call_.weights;
             grouped_gemm(copies_, weights.gate_up, weights.gate_up_bias, offsets,
                          tensors_.sorted_slots, call_.config.routing.top_k, call_.config.activation,
-                         inner_, stream, counters_);
-            grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_, stream,
-                         counters_);
+                         inner_, stream);
+            grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_,
+                         stream);
         });
     }
 
@@ -93,21 +95,6 @@ public:
     }
 
 private:
-    /// On the device if the routes are still there alone.
-    void make_plan(PlanStorage& storage, const Agreement& agreement, Stream stream) {
-        const int rank = transport_.rank(), top_k = call_.config.routing.top_k;
-        if (!agreement.has_routes()) {
-            plan_.num_tokens = call_.hidden_states.shape[0];
-            tensors_ = plan_on_device(transport_, call_, places_, agreement.max_tokens(), storage,
-                                      plan_, stream);
-            return;
-        }
-        plan_ = make_dispatch_plan(places_, rank, top_k, agreement.ids);
-        if (call_.how.combine == CombineMode::kFast) fast_.emplace(plan_, top_k, agreement.weights);
-        tensors_ = place_plan(plan_, fast_ ? &*fast_ : nullptr, places_, rank, storage,
-                              transport_.device(), stream);
-    }
-
     void take_scratch(Workspace& workspace) {
         const DType dtype = call_.config.dtype;
         const int64_t width = call_.config.hidden_size;
@@ -158,7 +145,6 @@ private:
     std::optional<FastReturn> fast_;
     PlanTensors tensors_;
     size_t row_bytes_;
-    TensorView counters_;              ///< of the GEMMs
     TensorView copies_;                ///< [copies received, H]
     TensorView inner_, rows_;          ///< [R, I] and [R, H] of this rank's experts
     TensorView back_;                  ///< [results received, H]

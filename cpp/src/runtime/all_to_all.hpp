@@ -23,8 +23,7 @@ struct EpResources {
         : transport(transport), workspace(transport.device(), 0) {}
 };
 
-/// One layer by Schedule::kAllToAll. `agreement` holds every rank's routes, or on
-/// CUDA none, if can_plan_on_device().
+/// One layer by Schedule::kAllToAll. `agreement` holds every rank's routes.
 void run_all_to_all(EpResources& resources, const ExpertParallel::Call& call,
                     const Agreement& agreement, int num_groups, Stream stream);
 

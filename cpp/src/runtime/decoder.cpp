@@ -88,26 +88,30 @@ void Decoder::forward(const DecoderBatch& batch, const Activations& activations,
     const int64_t dim = config.head_dim;
     const auto scale = static_cast<float>(std::pow(static_cast<double>(dim), -0.5));
 
-    // 1. Embedding, then the layers.
+    // 1. Embedding, then the layers. It waits for all before it,
+    //    and nothing after it writes weights or the batch.
+    SequenceBatch sequences = batch.sequences;
+    sequences.is_settled = true;
     embedding(batch.token_ids, parts_.embedding, a.residual, stream);
     for (size_t i = 0; i < parts_.layers.size(); ++i) {
         const DecoderLayer& layer = *parts_.layers[i];
-        layer.before_attention(activations, batch.positions, batch.cos_sin, i == 0, stream);
+        layer.before_attention(activations, batch.positions, batch.cos_sin, i == 0, stream,
+                               Settled::kWeights);
         const TensorView query = heads_of(a.qkv, 0, config.num_heads, dim);
         const TensorView key = heads_of(a.qkv, config.num_heads, config.num_kv_heads, dim);
         const TensorView value =
             heads_of(a.qkv, config.num_heads + config.num_kv_heads, config.num_kv_heads, dim);
-        write_kv_cache(key, value, parts_.caches[i], batch.sequences, stream);
-        paged_attention(query, parts_.caches[i], batch.sequences, scale,
+        write_kv_cache(key, value, parts_.caches[i], sequences, stream);
+        paged_attention(query, parts_.caches[i], sequences, scale,
                         heads_of(a.attended, 0, config.num_heads, dim), stream);
-        layer.after_attention(activations, workspace, stream);
+        layer.after_attention(activations, workspace, stream, Settled::kWeights);
     }
 
     // 2. The rows that want logits, which are few of a prompt's.
     const int64_t num_rows = batch.logit_rows.shape[0];
     if (num_rows == activations.num_tokens()) {  // ascending, so all of them
         rms_norm(a.delta, parts_.final_norm, config.rms_norm_eps, a.residual, a.normed, stream);
-        return linear(a.normed, parts_.head, {}, {}, logits, stream);
+        return linear(a.normed, parts_.head, {}, {}, logits, stream, Settled::kWeights);
     }
     workspace.reset();
     const TensorView residual = workspace.take(config.dtype, {num_rows, config.hidden_size});
@@ -116,7 +120,7 @@ void Decoder::forward(const DecoderBatch& batch, const Activations& activations,
     embedding(batch.logit_rows, a.residual, residual, stream);
     embedding(batch.logit_rows, a.delta, delta, stream);
     rms_norm(delta, parts_.final_norm, config.rms_norm_eps, residual, normed, stream);
-    linear(normed, parts_.head, {}, {}, logits, stream);
+    linear(normed, parts_.head, {}, {}, logits, stream, Settled::kWeights);
 }
 
 }  // namespace moecore

@@ -126,23 +126,25 @@ void DecoderLayer::normalise_heads(const ActivationTensors& a, Stream stream) co
     rms_norm(key, weights_.k_norm, config_.rms_norm_eps, {}, key, stream);
 }
 
-void DecoderLayer::project(const ActivationTensors& a, bool is_first, Stream stream) const {
+void DecoderLayer::project(const ActivationTensors& a, bool is_first, Stream stream,
+                           Settled settled) const {
     rms_norm(is_first ? a.residual : a.delta, weights_.input_norm, config_.rms_norm_eps,
              is_first ? TensorView{} : a.residual, a.normed, stream);
-    linear(a.normed, weights_.qkv, weights_.qkv_bias, {}, a.qkv, stream);
+    linear(a.normed, weights_.qkv, weights_.qkv_bias, {}, a.qkv, stream, settled);
 }
 
 void DecoderLayer::project_qkv(const Activations& activations, bool is_first, Stream stream) const {
     check_call(activations);
-    project(activations.tensors(), is_first, stream);
+    project(activations.tensors(), is_first, stream, Settled::kNothing);
     if (config_.qk_norm != QkNorm::kNone) normalise_heads(activations.tensors(), stream);
 }
 
 void DecoderLayer::before_attention(const Activations& activations, const TensorView& positions,
-                                    const TensorView& cos_sin, bool is_first, Stream stream) const {
+                                    const TensorView& cos_sin, bool is_first, Stream stream,
+                                    Settled settled) const {
     check_call(activations);
     const ActivationTensors& a = activations.tensors();
-    project(a, is_first, stream);
+    project(a, is_first, stream, settled);
     const TensorView rotated =
         heads_of(a.qkv, 0, config_.num_heads + config_.num_kv_heads, config_.head_dim);
     // One call only where both norms store in one dtype, which the operator asks for.
@@ -156,18 +158,18 @@ void DecoderLayer::before_attention(const Activations& activations, const Tensor
 }
 
 void DecoderLayer::after_attention(const Activations& activations, Workspace& workspace,
-                                   Stream stream) const {
+                                   Stream stream, Settled settled) const {
     check_call(activations);
     const ActivationTensors& a = activations.tensors();
-    linear(a.attended, weights_.output, weights_.output_bias, {}, a.delta, stream);
+    linear(a.attended, weights_.output, weights_.output_bias, {}, a.delta, stream, settled);
     rms_norm(a.delta, weights_.post_norm, config_.rms_norm_eps, a.residual, a.normed, stream);
     if (weights_.moe != nullptr) {
-        linear(a.normed, weights_.router, {}, {}, a.router_logits, stream);
+        linear(a.normed, weights_.router, {}, {}, a.router_logits, stream, settled);
         weights_.moe->forward(a.normed, a.router_logits, a.delta, workspace, stream);
     } else {
-        linear(a.normed, weights_.gate_up, {}, {.activation = Activation::kSwiglu}, a.inner,
-               stream);
-        linear(a.inner, weights_.down, {}, {}, a.delta, stream);
+        linear(a.normed, weights_.gate_up, {}, {.activation = Activation::kSwiglu}, a.inner, stream,
+               settled);
+        linear(a.inner, weights_.down, {}, {}, a.delta, stream, settled);
     }
 }
 

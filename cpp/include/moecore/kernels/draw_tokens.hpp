@@ -17,9 +17,14 @@ struct DrawTokensArgs {
 };
 
 inline constexpr int64_t kMaxDrawnVocab = int64_t{1} << 22;
+inline constexpr int64_t kMaxDrawnRows = 65535;  ///< on CUDA: the height of a grid
 
 namespace cpu {
 void draw_tokens(const DrawTokensArgs& args);
+}
+namespace cuda {
+/// `params` and `tokens` are the host's; waits for the stream. num_rows < 2^16.
+void draw_tokens(const DrawTokensArgs& args, Stream stream);
 }
 
 }  // namespace moecore

@@ -35,6 +35,7 @@ struct GroupedGemmArgs {
     DType output_dtype;
     int32_t* work_counters;  ///< [2] zeros, before and after; or nullptr
     GroupedGemmConfig config;
+    Settled settled;  ///< may be read before the kernel ahead has ended
 };
 
 namespace cpu {

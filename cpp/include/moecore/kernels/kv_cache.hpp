@@ -20,6 +20,7 @@ struct KvCacheArgs {
     int64_t block_table_width;  ///< B
     int64_t num_sequences;      ///< S >= 0
     DType dtype;                ///< of key and value
+    bool is_settled;            ///< as in SequenceBatch
 };
 
 }  // namespace moecore

@@ -22,14 +22,6 @@ void sort_by_expert(const SortByExpertArgs& args);
 }
 namespace cuda {
 void sort_by_expert(const SortByExpertArgs& args, Stream stream);
-
-/// Several sorts side by side.
-struct SortsArgs {
-    static constexpr int kMost = 5;
-    SortByExpertArgs sorts[kMost];
-    int count;
-};
-void sort_all(const SortsArgs& args, Stream stream);
-}  // namespace cuda
+}
 
 }  // namespace moecore
