@@ -10,6 +10,7 @@
 #include "moecore/kernels/gather_rows.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
 #include "moecore/kernels/locate_results.hpp"
+#include "moecore/kernels/plan_routes.hpp"
 #include "moecore/kernels/memory.hpp"
 #include "moecore/kernels/norm_and_rotate.hpp"
 #include "moecore/kernels/paged_attention.hpp"
@@ -41,6 +42,8 @@ void draw_tokens(const DrawTokensArgs&, Stream) { throw_no_cuda("draw_tokens"); 
 void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }
 void gather_rows(const GatherRowsArgs&, Stream) { throw_no_cuda("gather_rows"); }
 void locate_results(const LocateResultsArgs&, Stream) { throw_no_cuda("locate_results"); }
+void key_routes(const KeyRoutesArgs&, Stream) { throw_no_cuda("key_routes"); }
+void place_rows(const PlaceRowsArgs&, Stream) { throw_no_cuda("place_rows"); }
 void rms_norm(const RmsNormArgs&, Stream) { throw_no_cuda("rms_norm"); }
 void norm_and_rotate(const NormAndRotateArgs&, Stream) { throw_no_cuda("norm_and_rotate"); }
 void rotary_embedding(const RotaryEmbeddingArgs&, Stream) { throw_no_cuda("rotary_embedding"); }

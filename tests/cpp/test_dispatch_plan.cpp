@@ -4,7 +4,9 @@
 
 #include "moecore/dispatcher.hpp"
 #include "moecore/ep_schedule.hpp"
+#include "moecore/plan_routes.hpp"
 #include "moecore/threads.hpp"
+#include "runtime/plan_on_device.hpp"
 #include "test_main.hpp"
 
 namespace moecore::test {
@@ -142,6 +144,87 @@ void plans_of_all_ranks_fit_together() {
     check(Group(3, 16, 2, 2, {9000, 0, 12000}, 7));
 }
 
+template <typename T>
+std::vector<T> values_of(const TensorView& view) {
+    const T* data = view.as<T>();
+    return {data, data + view.num_elements()};
+}
+
+/// The plan made by sorts, which a device can make, against the one made by the host.
+void check_sorted_plan(const Group& group) {
+    const std::vector<DispatchPlan> wanted = group.plans();
+    const ExpertPlaces places(group.ranges, group.num_groups);
+    const auto transports = make_in_process_transports(group.num_ranks);
+    size_t longest = 0;
+    for (const auto& own : group.ids) longest = std::max(longest, own.size());
+    std::vector<int32_t> all;
+    for (const auto& own : group.ids) {
+        all.insert(all.end(), own.begin(), own.end());
+        all.insert(all.end(), longest - own.size(), -1);
+    }
+    const TensorView all_ids(
+        all.data(), DType::kInt32,
+        {group.num_ranks, static_cast<int64_t>(longest) / group.top_k, group.top_k});
+    for (size_t r = 0; r < wanted.size(); ++r) {
+        DevicePlanStorage storage(Device{});
+        PlanTensors tensors;
+        const int64_t num_tokens = wanted[r].num_tokens;
+        const DispatchPlan plan =
+            plan_on_device(*transports[r], places, all_ids, num_tokens, storage, tensors, {});
+        expect(plan.sent.counts == wanted[r].sent.counts, "copies sent");
+        expect(plan.received.counts == wanted[r].received.counts, "copies received");
+        expect(plan.sent_back.counts == wanted[r].sent_back.counts, "results sent");
+        expect(plan.received_back.counts == wanted[r].received_back.counts, "results received");
+        expect(values_of<int32_t>(tensors.sent_tokens) == wanted[r].sent_tokens, "sent_tokens");
+        expect(values_of<int32_t>(tensors.sorted_slots) == wanted[r].sorted_slots, "sorted_slots");
+        expect(values_of<int32_t>(tensors.back_rows) == wanted[r].back_rows, "back_rows");
+        expect(values_of<int32_t>(tensors.slot_to_back) == wanted[r].slot_to_back, "slot_to_back");
+        for (int g = 0; g < group.num_groups; ++g) {
+            const auto& offsets = wanted[r].expert_offsets;
+            const auto bound = [&](int at) {
+                return offsets[static_cast<size_t>(places.group_begin(static_cast<int>(r), at))];
+            };
+            std::vector<int64_t> of_group;
+            for (const int64_t offset : offsets)
+                of_group.push_back(std::clamp(offset, bound(g), bound(g + 1)));
+            expect(values_of<int64_t>(tensors.group_offsets[static_cast<size_t>(g)]) == of_group,
+                   "offsets of a group");
+        }
+    }
+}
+
+void a_plan_by_sorts_is_the_hosts() {
+    check_sorted_plan(Group(1, 4, 2, 1, {5}, 1));
+    check_sorted_plan(Group(2, 4, 2, 1, {5, 3}, 2));
+    check_sorted_plan(Group(3, 7, 3, 2, {4, 0, 9}, 3));
+    check_sorted_plan(Group(4, 5, 1, 4, {1, 2, 3, 4}, 4));
+    check_sorted_plan(Group(8, 64, 8, 3, {0, 0, 0, 17, 0, 1, 0, 2}, 5));
+    check_sorted_plan(Group(5, 5, 5, 1, {0, 0, 0, 0, 0}, 6));
+    check_sorted_plan(Group(3, 16, 2, 4, {900, 0, 1200}, 7));
+}
+
+void plan_routes_checks_its_arguments() {
+    Array ids = int_array(DType::kInt32, {0, 1, 2, 3}), places = int_array(DType::kInt32, {0, 1});
+    Array sent(DType::kInt32, 4), back(DType::kInt32, 2), received(DType::kInt32, 2),
+        sent_back(DType::kInt32, 4);
+    const auto call = [&](int rank, TensorView own) {
+        key_routes(ids.view({2, 1, 2}), places.view({2}), rank,
+                   {own, back.view({1, 2}), received.view({2, 1}), sent_back.view({2, 1, 2})});
+    };
+    expect_invalid([&] { call(2, sent.view({1, 2})); },
+                   "key_routes: rank must be in [0, P), got 2 with P 2");
+    expect_invalid([&] { call(0, sent.view({2, 2})); }, "sent_keys must have at most F = 1 rows");
+    expect_invalid([&] { call(0, on_other_device(sent.view({1, 2}))); }, "sent_keys");
+    Array slots(DType::kInt32, 3), offsets(DType::kInt64, 2);
+    expect_invalid(
+        [&] {
+            place_rows({slots.view({3}), slots.view({3}), received.view({2, 1}), slots.view({3}),
+                        sent.view({1, 2}), offsets.view({2})},
+                       {});
+        },
+        "row_slots must have k entries a token, got 3 with 2 tokens");
+}
+
 void schedule_follows_the_figures() {
     LayerLoad load{.num_ranks = 8,
                    .hidden_size = 4096,
@@ -188,6 +271,8 @@ void expert_ranges_cover_all_experts() {
 
 void add_dispatch_plan_tests(std::vector<Test>& tests) {
     tests.push_back({"plans of all ranks fit together", plans_of_all_ranks_fit_together});
+    tests.push_back({"a plan by sorts is the host's", a_plan_by_sorts_is_the_hosts});
+    tests.push_back({"plan_routes arguments", plan_routes_checks_its_arguments});
     tests.push_back({"schedule follows the figures", schedule_follows_the_figures});
     tests.push_back({"expert ranges cover all experts", expert_ranges_cover_all_experts});
 }

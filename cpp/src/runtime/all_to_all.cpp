@@ -1,10 +1,12 @@
 #include "runtime/all_to_all.hpp"
 
+#include <algorithm>
 #include <optional>
 
 #include "moecore/combine.hpp"
 #include "moecore/error.hpp"
 #include "moecore/gather_rows.hpp"
+#include "moecore/kernels/memory.hpp"
 #include "runtime/take_all.hpp"
 
 namespace moecore {
@@ -12,6 +14,27 @@ namespace {
 
 constexpr int kWhole = -1;  ///< a phase of all groups
 using Lane = Timeline::Lane;
+
+/// [P, F, k] on the device: every rank's routes, padded with the id -1 to F = the most tokens.
+TensorView gather_ids(EpResources& resources, const TensorView& topk_ids,
+                      const Agreement& agreement, Stream stream) {
+    Transport& transport = resources.transport;
+    const auto& num_tokens = agreement.num_tokens;
+    const int64_t most = *std::max_element(num_tokens.begin(), num_tokens.end());
+    const int64_t ranks = transport.size(), top_k = topk_ids.shape[1];
+    TensorView mine, all;
+    take_all(resources.device_plan.ids,
+             {{&mine, DType::kInt32, most * top_k}, {&all, DType::kInt32, ranks * most * top_k}});
+    const auto bytes_of = [](int64_t count) {
+        return static_cast<size_t>(count) * sizeof(int32_t);
+    };
+    const int64_t own = topk_ids.num_elements();
+    const TensorView padding = slice(mine, own, mine.shape[0] - own);
+    cuda::fill(padding.data, 0xff, bytes_of(padding.shape[0]), stream);
+    cuda::copy(mine.data, topk_ids.data, bytes_of(own), stream);
+    transport.all_gather_rows("gather ids", mine.data, all.data, bytes_of(mine.shape[0]), stream);
+    return TensorView(all.data, DType::kInt32, {ranks, most, top_k}, transport.device());
+}
 
 /// One call: the plan, and its phases. Must live until the lane is idle.
 class Exchange {
@@ -23,13 +46,15 @@ public:
           call_(call),
           is_on_host_(transport_.device().type == DeviceType::kCpu),
           places_(agreement.ranges, num_groups),
-          plan_(make_dispatch_plan(places_, transport_.rank(), call.config.routing.top_k,
-                                   agreement.ids)),
-          row_bytes_(static_cast<size_t>(call.config.hidden_size) * size_of(call.config.dtype)) {
-        if (call.how.combine == CombineMode::kFast)
-            fast_.emplace(plan_, call.config.routing.top_k, agreement.weights);
-        tensors_ = place_plan(plan_, fast_ ? &*fast_ : nullptr, places_, transport_.rank(),
-                              resources.plan_storage, transport_.device(), stream);
+          plan_(num_groups, transport_.size()),
+          row_bytes_(static_cast<size_t>(call.config.hidden_size) * size_of(call.config.dtype)),
+          counters_(resources.workspace.counters()) {
+        if (agreement.has_routes())
+            plan_on_host(resources, agreement, stream);
+        else
+            plan_ = plan_on_device(transport_, places_,
+                                   gather_ids(resources, call.topk_ids, agreement, stream),
+                                   call.topk_ids.shape[0], resources.device_plan, tensors_, stream);
         take_scratch(resources.workspace);
     }
 
@@ -52,9 +77,9 @@ public:
             const MoEWeights& weights = call_.weights;
             grouped_gemm(copies_, weights.gate_up, weights.gate_up_bias, offsets,
                          tensors_.sorted_slots, call_.config.routing.top_k, call_.config.activation,
-                         inner_, stream);
-            grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_,
-                         stream);
+                         inner_, stream, counters_);
+            grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_, stream,
+                         counters_);
         });
     }
 
@@ -95,6 +120,14 @@ public:
     }
 
 private:
+    void plan_on_host(EpResources& resources, const Agreement& agreement, Stream stream) {
+        const int top_k = call_.config.routing.top_k;
+        plan_ = make_dispatch_plan(places_, transport_.rank(), top_k, agreement.ids);
+        if (call_.how.combine == CombineMode::kFast) fast_.emplace(plan_, top_k, agreement.weights);
+        tensors_ = place_plan(plan_, fast_ ? &*fast_ : nullptr, places_, transport_.rank(),
+                              resources.plan_storage, transport_.device(), stream);
+    }
+
     void take_scratch(Workspace& workspace) {
         const DType dtype = call_.config.dtype;
         const int64_t width = call_.config.hidden_size;
@@ -145,6 +178,7 @@ private:
     std::optional<FastReturn> fast_;
     PlanTensors tensors_;
     size_t row_bytes_;
+    TensorView counters_;              ///< of the GEMMs
     TensorView copies_;                ///< [copies received, H]
     TensorView inner_, rows_;          ///< [R, I] and [R, H] of this rank's experts
     TensorView back_;                  ///< [results received, H]
@@ -184,6 +218,12 @@ void run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, Timeline
 }
 
 }  // namespace
+
+bool needs_host_routes(const Transport& transport, const ExpertParallel::Call& call,
+                       const Agreement& agreement, int num_groups) {
+    return transport.device().type == DeviceType::kCpu || call.how.combine == CombineMode::kFast ||
+           !can_plan_on_device(ExpertPlaces(agreement.ranges, num_groups));
+}
 
 void run_all_to_all(EpResources& resources, const ExpertParallel::Call& call,
                     const Agreement& agreement, int num_groups, Stream stream) {

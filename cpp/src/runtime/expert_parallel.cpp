@@ -9,7 +9,6 @@
 #include "runtime/all_gather.hpp"
 #include "runtime/all_to_all.hpp"
 #include "runtime/current_device.hpp"
-#include "runtime/device_plan.hpp"
 
 namespace moecore {
 
@@ -86,11 +85,10 @@ void ExpertParallel::forward(const Call& call, Stream stream) {
     if (choice_.schedule == Schedule::kAllGather)
         return run_fixed(call, fixed_tokens > 0 ? fixed_tokens : load.max_tokens, agreement.ranges,
                          stream);
-    if (!is_on_host &&
-        can_plan_on_device(call, transport_.size(), choice_.num_groups, agreement.max_tokens()))
-        return run_all_to_all(state.resources, call, agreement, choice_.num_groups, stream);
-    if (!is_on_host) routes = routes_on_host(transport_, call, state.routes, stream);
-    exchange_routes(transport_, call.config, call.how, routes, agreement);
+    if (needs_host_routes(transport_, call, agreement, choice_.num_groups)) {
+        if (!is_on_host) routes = routes_on_host(transport_, call, state.routes, stream);
+        exchange_routes(transport_, call.config, call.how, routes, agreement);
+    }
     run_all_to_all(state.resources, call, agreement, choice_.num_groups, stream);
 }
 
