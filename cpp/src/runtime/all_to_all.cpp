@@ -1,6 +1,7 @@
 #include "runtime/all_to_all.hpp"
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 
 #include "moecore/combine.hpp"
@@ -61,6 +62,14 @@ public:
     int num_groups() const { return places_.num_groups(); }
     bool is_fast() const { return fast_.has_value(); }
 
+    /// Puts the tokens' copies side by side, in the order in which they are sent. What packs runs
+    /// on the stream of the GEMMs: these leave no multiprocessor to another one while they run.
+    void pack_tokens(Stream stream) {
+        timeline_.span("pack", kWhole, Lane::kCompute, stream, [&] {
+            pack(call_.hidden_states, tensors_.sent_tokens, 0, plan_.sent.total(), packed_, stream);
+        });
+    }
+
     /// Sends the copies of tokens that `group` needs first.
     void dispatch(int group, Stream stream) {
         timeline_.span("dispatch", group, Lane::kCommunication, stream, [&] {
@@ -71,6 +80,7 @@ public:
     }
 
     /// Both GEMMs of the experts of `group`: those of other groups have no rows in its offsets.
+    /// Then packs its results.
     void run_experts(int group, Stream stream) {
         timeline_.span("experts", group, Lane::kCompute, stream, [&] {
             const TensorView& offsets = tensors_.group_offsets[static_cast<size_t>(group)];
@@ -80,6 +90,9 @@ public:
                          inner_, stream, counters_);
             grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_, stream,
                          counters_);
+            if (!is_fast())
+                pack(rows_, tensors_.back_rows, plan_.sent_back.before(group),
+                     sum(plan_.sent_back.of_group(group)), packed_back_, stream);
         });
     }
 
@@ -93,11 +106,12 @@ public:
         });
     }
 
-    /// kFast: adds the routes of each copy where its experts are.
+    /// kFast: adds the routes of each copy where its experts are, and packs the sums.
     void add_locally(Stream stream) {
         timeline_.span("add locally", kWhole, Lane::kCompute, stream, [&] {
             combine(rows_, tensors_.copy_slot_to_row, tensors_.copy_weights, {}, {}, partial_,
                     stream);
+            pack(partial_, tensors_.back_copies, 0, sum(fast_->sent_back), packed_back_, stream);
         });
     }
 
@@ -146,8 +160,20 @@ private:
                   {&packed_back_, dtype, is_on_host_ ? 0 : packed_back, width}});
     }
 
-    /// Rows `source[index[i]]` of the phase that begins at i = first_sent, to rows of `target` from
-    /// first_received on. `packed` holds them side by side where the transport cannot gather.
+    static int64_t sum(std::span<const int64_t> counts) {
+        return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+    }
+
+    /// On a GPU, rows `source[index[i]]` for i = first .. first + count - 1 to the same rows of
+    /// `packed`. A transport of host memory gathers by itself.
+    void pack(const TensorView& source, const TensorView& index, int64_t first, int64_t count,
+              const TensorView& packed, Stream stream) {
+        if (is_on_host_) return;
+        gather_rows(source, slice(index, first, count), slice(packed, first, count), stream);
+    }
+
+    /// Sends rows of the phase that begins at first_sent, which are `source[index[i]]` and were
+    /// packed; what arrives goes to rows of `target` from first_received on.
     void exchange(const char* phase, const TensorView& source, const TensorView& index,
                   int64_t first_sent, std::span<const int64_t> sent, const TensorView& packed,
                   const TensorView& target, int64_t first_received,
@@ -158,10 +184,7 @@ private:
             .index = index.as<int32_t>() + first_sent,
             .counts = sent};
         if (!is_on_host_) {
-            int64_t count = 0;
-            for (const int64_t rows : sent) count += rows;
-            const TensorView rows = slice(packed, first_sent, count);
-            gather_rows(source, slice(index, first_sent, count), rows, stream);
+            const TensorView rows = slice(packed, first_sent, 0);
             send = {.data = rows.data, .row_stride = row_bytes_, .index = nullptr, .counts = sent};
         }
         const TensorView arrived = slice(target, first_received, 0);
@@ -194,6 +217,7 @@ void run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, Timeline
     const auto dispatch = [&](int group) {
         return lane.submit([&exchange, group](Stream s) { exchange.dispatch(group, s); }, stream);
     };
+    exchange.pack_tokens(stream);
     int64_t arriving = dispatch(0);
     TensorView shared_scale, shared;
     if (call.config.shared_intermediate_size > 0)
