@@ -2,8 +2,9 @@
 
     python bench/several_gpus.py [--out FOLDER] [--device cuda|cpu] [--sizes 2,4,8]
         [--stages links,moves,layer,exposed,bits,model] [--bench FOLDER] [--smoke]
+        [--transport peer|nccl]
 
-Runs on any number of GPUs (a process a GPU, over NCCL), on one GPU, and on the CPU (processes over
+Runs on any number of GPUs (a process a GPU), on one GPU, and on the CPU (processes over
 shared memory), there with smaller sizes. Stages:
 
     links    NCCL's all-to-all by size (gloo's on the CPU), and moecore's own measure of its link
@@ -116,7 +117,7 @@ def run_exposed(size: int, options: argparse.Namespace) -> str | None:
     if options.bench is None:
         return "--bench must name the folder of bench_expert_parallel"
     shapes = {"qwen3-30b-a3b": "128,4096,8192", "mixtral-8x7b/2": "128,4096"}
-    transport = "nccl"
+    transport = options.transport
     if options.device == "cpu":
         shapes, transport = {"small-many": "32" if options.smoke else "1,32,512"}, "shm"
     for shape, tokens in shapes.items():
@@ -160,8 +161,10 @@ def main() -> int:
     parser.add_argument("--sizes", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES))
     parser.add_argument("--bench", type=Path)
+    parser.add_argument("--transport", choices=("peer", "nccl"), default="peer", help="of GPUs")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes: does it run?")
     options = parser.parse_args()
+    os.environ["MOECORE_TRANSPORT"] = options.transport
     unknown = set(options.stages) - set(STAGES)
     if unknown:
         parser.error(f"--stages must be among {','.join(STAGES)}, got {','.join(sorted(unknown))}")

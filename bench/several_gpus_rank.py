@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -58,6 +59,8 @@ class Rank:
         hosts = moecore.Transport.shm(name, self.rank, self.size, connect_deadline=60)
         if not self.is_cuda:
             return hosts
+        if os.environ.get("MOECORE_TRANSPORT", "peer") == "peer":
+            return moecore.Transport.peer(hosts, device=self.device)
         unique = moecore.Transport.nccl_unique_id() if self.rank == 0 else bytes(128)
         ids = hosts.all_gather(torch.frombuffer(bytearray(unique), dtype=torch.uint8))
         return moecore.Transport.nccl(
@@ -220,7 +223,7 @@ def graph_micros(
     rank: Rank, shape: Shape, weights: tuple[Tensor, Tensor], hidden: Tensor, logits: Tensor
 ) -> str:
     """A replay of the layer in fixed shapes, for few tokens on a GPU."""
-    if not rank.is_cuda or len(hidden) > 512:
+    if rank.transport.kind != "nccl" or len(hidden) > 512:
         return "-"
     layer = ranks_layer(rank, shape, weights, schedule="all_gather", fixed_tokens=len(hidden))
     out, stream = torch.empty_like(hidden), torch.cuda.Stream()

@@ -221,9 +221,10 @@ def run_virtual_ranks(size, num_layers, device="cuda:0"):
 def main():
     for size in (1, 2, 4, 8):
         run_virtual_ranks(size, 1000 if size == 2 else 250)
+    program = str(Path(__file__).with_name("gpu_nccl.py"))
+    subprocess.run([sys.executable, program, "--transport", "peer"], check=True)
     if torch.cuda.device_count() > 1 or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
-        program = Path(__file__).with_name("gpu_nccl.py")
-        subprocess.run([sys.executable, str(program)], check=True)
+        subprocess.run([sys.executable, program], check=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Ranks over NCCL: run by hand, `python tests/gpu_nccl.py`.
+"""Ranks over NCCL or peer copies: run by hand, `python tests/gpu_nccl.py [--transport peer]`.
 
 A GPU for each rank where there are several; else, with NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL 2.30
-or newer (MOECORE_NCCL names its file), 2 and 4 ranks on one GPU. Ranks are processes. Compares bits
+or newer (MOECORE_NCCL names its file), 2 and 4 ranks on one GPU; peer copies need neither. Ranks are processes. Compares bits
 as gpu_expert_parallel.py does; then ranks fail in turn, the others must report them by name in
 time, free their memory, and go on in a new group. Ranks with a GPU each are threads, too: on one
 GPU they might wait for ever: memory that one frees waits for the other's kernels.
@@ -32,6 +32,7 @@ from gpu_expert_parallel import (
 DEADLINE = 3.0
 # Of the last rank of a group, which ends: how it fails, and in a layer that tells hosts or not.
 FAULTS = ("exception", "stop fixed", "kill", "kill fixed", "stop")
+_CHOICE = "MOECORE_TEST_TRANSPORT"  # of the processes: nccl or peer
 _START = time.perf_counter()
 _MEMORY_LEFT = 64 << 20  # what one process may hold more than before, on a GPU that others use too
 
@@ -45,6 +46,8 @@ def device_of(rank):
 
 
 def join(rank, size, hosts, keeps_hosts=True):
+    if os.environ.get(_CHOICE) == "peer":
+        return moecore.Transport.peer(hosts, device=device_of(rank))
     make_id = moecore.Transport.nccl_unique_id
     unique = make_id() if rank == 0 else bytes(128)
     unique = hosts.all_gather(torch.frombuffer(bytearray(unique), dtype=torch.uint8))[0]
@@ -154,10 +157,11 @@ def run_process(rank, size, name, num_layers):
     hosts = moecore.Transport.shm(f"{name}-first", rank, size, connect_deadline=60)
     tell(rank, f"{size} processes have met")
     transport = join(rank, size, hosts)
-    tell(rank, "over NCCL, too")
+    tell(rank, f"over {transport.kind}, too")
     check_rank(transport, device)
     tell(rank, "every schedule has the bits of one rank")
-    check_graph(transport, device, 20 if shares_gpu(size) else 200)
+    if transport.kind == "nccl":
+        check_graph(transport, device, 20 if shares_gpu(size) else 200)
     check_random_layers(transport, device, num_layers)
     tell(rank, f"{num_layers} random layers have the bits of one rank")
     transport.close()
@@ -205,13 +209,13 @@ def run_processes(size, num_layers):
             rank.kill()  # who is stopped, or hangs
         codes = [rank.wait() for rank in ranks]
     assert all(code in (0, -signal.SIGKILL) for code in codes), codes
-    print(f"nccl, {size} processes: bits equal, graph, faults ({codes})", flush=True)
+    print(f"{os.environ[_CHOICE]}, {size} processes: bits equal, faults ({codes})", flush=True)
 
 
 def run_threads(size, num_layers):
     """Random layers; with and without the hosts' group."""
     start = time.perf_counter()
-    for keeps_hosts in (True, False):
+    for keeps_hosts in (True, False) if os.environ[_CHOICE] == "nccl" else (True,):
         hosts = moecore.Transport.in_process(size)
 
         def work(host, keeps_hosts=keeps_hosts):
@@ -230,19 +234,25 @@ def run_threads(size, num_layers):
 
         run_ranks(hosts, work)
     seconds = time.perf_counter() - start
-    print(f"nccl, {size} threads: {num_layers} random layers ({seconds:.1f} s)", flush=True)
+    print(
+        f"{os.environ[_CHOICE]}, {size} threads: {num_layers} random layers ({seconds:.1f} s)",
+        flush=True,
+    )
 
 
 def main():
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     count = torch.cuda.device_count()
-    if count == 1 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        raise SystemExit("one GPU: set NCCL_MULTI_RANK_GPU_ENABLE=1, which NCCL has from 2.30 on")
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--transport", choices=("nccl", "peer"), default="nccl")
     sizes = [size for size in (2, 4, 8) if size <= max(count, 4 if count == 1 else 0)]
     parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="numbers of ranks")
     parser.add_argument("--layers", type=int, default=1000, help="random layers")
     options = parser.parse_args()
+    os.environ[_CHOICE] = options.transport
+    is_nccl = options.transport == "nccl"
+    if is_nccl and count == 1 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        raise SystemExit("one GPU: set NCCL_MULTI_RANK_GPU_ENABLE=1, which NCCL has from 2.30 on")
     for size in options.sizes:
         run_processes(size, options.layers)
         if not shares_gpu(size):

@@ -205,26 +205,68 @@ def test_a_rank_chooses_no_other_gpu(monkeypatch):
         LLM(device="cuda:1", expert_parallel_size=2, use_tqdm=False)
 
 
+class RecordedTransports:
+    """Stands for Transport: notes what was made, and returns its name."""
+
+    def __init__(self, reaches=True):
+        self.made = []
+        self._reaches = reaches
+
+    def shm(self, *given, **named):
+        self.made.append(("shm", given, named))
+        return given[0]
+
+    def nccl(self, *given, **named):
+        self.made.append(("nccl", given, named))
+        return "nccl"
+
+    def peer(self, *given, **named):
+        self.made.append(("peer", given, named))
+        if not self._reaches:
+            raise UnsupportedError("does not reach")
+        return "peer"
+
+
+GPU, LIMITS = torch.device("cuda:1"), {"deadline": 5.0, "connect_deadline": 30.0}
+
+
 @pytest.mark.parametrize("hosts", ["run", None])
 def test_gpus_meet_over_nccl_which_takes_over_the_transport_of_the_hosts(hosts, monkeypatch):
-    made = []
-
-    class Recorded:
-        @staticmethod
-        def shm(*given, **named):
-            made.append(("shm", given, named))
-            return "hosts"
-
-        @staticmethod
-        def nccl(*given, **named):
-            made.append(("nccl", given, named))
-            return "nccl"
-
-    monkeypatch.setattr("moecore.expert_parallel.rank.Transport", Recorded)
+    recorded = RecordedTransports()
+    monkeypatch.setattr("moecore.expert_parallel.rank.Transport", recorded)
+    monkeypatch.setenv("MOECORE_TRANSPORT", "nccl")
     plan = {"hosts": hosts, "unique_id": b"id".hex()}
-    gpu = torch.device("cuda:1")
-    assert open_transport(plan, 1, 2, gpu, 5.0) == "nccl"
-    limits = {"deadline": 5.0, "connect_deadline": 30.0}
-    over = [("shm", ("run", 1, 2), limits)] if hosts else []
-    taken = "hosts" if hosts else None
-    assert made == [*over, ("nccl", (b"id", 1, 2), {"device": gpu, "hosts": taken, **limits})]
+    assert open_transport(plan, 1, 2, GPU, 5.0) == "nccl"
+    over = [("shm", ("run", 1, 2), LIMITS)] if hosts else []
+    joined = ("nccl", (b"id", 1, 2), {"device": GPU, "hosts": hosts, **LIMITS})
+    assert recorded.made == [*over, joined]
+
+
+def test_gpus_of_one_machine_copy_from_each_other_and_use_nccl_where_they_cannot(monkeypatch):
+    plan = {"hosts": "run", "unique_id": b"id".hex()}
+    peer = [("shm", ("run", 1, 2), LIMITS), ("peer", ("run",), {"device": GPU, "deadline": 5.0})]
+    recorded = RecordedTransports()
+    monkeypatch.setattr("moecore.expert_parallel.rank.Transport", recorded)
+    assert open_transport(plan, 1, 2, GPU, 5.0) == "peer"
+    assert recorded.made == peer
+    recorded = RecordedTransports(reaches=False)
+    monkeypatch.setattr("moecore.expert_parallel.rank.Transport", recorded)
+    assert open_transport(plan, 1, 2, GPU, 5.0) == "nccl"
+    joined = ("nccl", (b"id", 1, 2), {"device": GPU, "hosts": "run-nccl", **LIMITS})
+    assert recorded.made == [*peer, ("shm", ("run-nccl", 1, 2), LIMITS), joined]
+    monkeypatch.setenv("MOECORE_TRANSPORT", "peer")
+    with pytest.raises(UnsupportedError):
+        open_transport(plan, 1, 2, GPU, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "hosts", "message"),
+    [
+        ("rdma", "run", "MOECORE_TRANSPORT must be auto, peer or nccl, got 'rdma'"),
+        ("peer", None, "MOECORE_TRANSPORT must be nccl between machines, got 'peer'"),
+    ],
+)
+def test_a_transport_that_cannot_be_is_refused(value, hosts, message, monkeypatch):
+    monkeypatch.setenv("MOECORE_TRANSPORT", value)
+    with pytest.raises(ValueError, match=message):
+        open_transport({"hosts": hosts, "unique_id": b"id".hex()}, 1, 2, GPU, 5.0)

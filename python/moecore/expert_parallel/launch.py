@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from moecore._core import UnsupportedError
 from moecore.assembly import Assembly, EngineOptions
 from moecore.expert_parallel import agreement
 from moecore.expert_parallel.channel import ChannelLost, Message
@@ -27,7 +28,7 @@ from moecore.expert_parallel.group import (
 )
 from moecore.expert_parallel.members import Member, start_processes, start_threads
 from moecore.expert_parallel.options import GroupOptions
-from moecore.expert_parallel.rank import Rank, device_of_rank, open_transport
+from moecore.expert_parallel.rank import Rank, device_of_rank, open_transport, wanted_transport
 from moecore.expert_parallel.worker import Worker, segment_of
 from moecore.model_runner import BLOCK_SIZE, CachePlan
 from moecore.target import choose_device
@@ -171,8 +172,12 @@ class _Start:
         plan: dict[str, Any] = {"hosts": None, "unique_id": None}
         if are_on_one_machine(places):
             plan["hosts"] = f"{os.getpid()}-{secrets.token_hex(8)}"
-        if assembly.device.type == "cuda":
-            plan["unique_id"] = Transport.nccl_unique_id().hex()
+        if assembly.device.type == "cuda" and wanted_transport(plan["hosts"] is not None) != "peer":
+            try:
+                plan["unique_id"] = Transport.nccl_unique_id().hex()
+            except UnsupportedError:
+                if plan["hosts"] is None:
+                    raise
         self._segment = segment_of(plan["hosts"])
         for other in self._group.ranks:
             self._group.send(other, "open", _MEETING, **plan, threads=shares[other])
