@@ -76,11 +76,6 @@ __device__ void thin_produce(const ThinParams& params, const CUtensorMap& weight
                             index * config.stage_depth};
         ptx::copy_box(to.weights(), weights_map, box, to.full(), keep);
     };
-    const auto prefetch_weights = [&](int index) {
-        const int box[5] = {0, 0, kIsGated ? 0 : eights, kIsGated ? eights : 0,
-                            index * config.stage_depth};
-        ptx::prefetch_box(weights_map, box);
-    };
     const auto copy_rows = [&](const ThinStage& to, int index) {
         const int box[5] = {0, first_row, index * config.stage_depth, 0, 0};
         ptx::copy_box(to.rows(), rows_map, box, to.full(), ptx::Keep::kNormal);
@@ -89,11 +84,7 @@ __device__ void thin_produce(const ThinParams& params, const CUtensorMap& weight
     if (!begins_early) wait_for_predecessors();
     ThinStage ahead = stage;
     for (int i = 0; i < first_stages; ++i, ahead.advance()) copy_weights(ahead, i);
-    if (begins_early) {
-        // What the ring has no room for comes at least into L2.
-        for (int i = first_stages; i < num_stages; ++i) prefetch_weights(i);
-        wait_for_predecessors();
-    }
+    if (begins_early) wait_for_predecessors();
     for (int i = 0; i < num_stages; ++i, stage.advance()) {
         if (i >= first_stages) {
             stage.wait_empty();
