@@ -32,20 +32,16 @@ namespace {
 
 constexpr int kBlocksPerSplit = 4;
 constexpr int kMaxCluster = 8;
-constexpr int kMultiprocessors = 132;  ///< that a grid should fill
-
-/// Blocks of keys and values in shared memory. `is_deep`: all of a split, where a multiprocessor
-/// has but one thread block and latency counts.
-template <int kD, bool is_deep>
-constexpr int kStagesOf = kD <= 64 || (kD <= 128 && is_deep) ? 4 : 2;
+constexpr int kTilesWanted = 264;  ///< blocks of a grid that fills the GPU: two for each of 132
 constexpr float kLog2e = 1.44269504088896341f;
 
 /// Shared memory of a block. kD: the head's size, rounded up. kRowWarps: how many warps have rows
 /// of their own; with 1, four warps share 16 rows.
-template <int kD, int kRowWarps, int kStages>
+template <int kD, int kRowWarps>
 struct Shared {
     static constexpr int kRows = kWarpRows * kRowWarps;
     static constexpr int kThreads = (kRowWarps == 1 ? 4 : kRowWarps) * kWarpSize;
+    static constexpr int kStages = kD <= 64 ? 4 : 2;
     __nv_bfloat16 query[kRows * kD];
     __nv_bfloat16 key[kStages][kBlock * kD];
     __nv_bfloat16 value[kStages][kBlock * kD];
@@ -60,9 +56,9 @@ struct Shared {
 
 /// Leaves a split's result for the cluster: of rows row, row + 8 and the columns from `column` on.
 /// Sums of quarters from `quarter` on go to quarter_sum.
-template <int kD, int kRowWarps, int kStages, int kWidth, int kQuarters>
+template <int kD, int kRowWarps, int kWidth, int kQuarters>
 __device__ void store_result(const Accumulator<kWidth, kQuarters>& acc, int row, int column,
-                             int quarter, int lane, Shared<kD, kRowWarps, kStages>& shared) {
+                             int quarter, int lane, Shared<kD, kRowWarps>& shared) {
 #pragma unroll
     for (int half = 0; half < 2; ++half, row += 8) {
 #pragma unroll
@@ -82,11 +78,10 @@ __device__ void store_result(const Accumulator<kWidth, kQuarters>& acc, int row,
 
 /// Adds the results of `count` blocks of the cluster to the rows' totals, in order. This block adds
 /// 2^share_log2 columns from `begin` on; sums and maxima every block adds.
-template <int kD, int kRowWarps, int kStages>
-__device__ void add_results(int count, int begin, int share_log2,
-                            Shared<kD, kRowWarps, kStages>& shared) {
-    constexpr int kThreads = Shared<kD, kRowWarps, kStages>::kThreads;
-    constexpr int kRows = Shared<kD, kRowWarps, kStages>::kRows;
+template <int kD, int kRowWarps>
+__device__ void add_results(int count, int begin, int share_log2, Shared<kD, kRowWarps>& shared) {
+    constexpr int kThreads = Shared<kD, kRowWarps>::kThreads;
+    constexpr int kRows = Shared<kD, kRowWarps>::kRows;
     for (int row = threadIdx.x; row < kRows; row += kThreads) {
         float max = shared.total_max[row], sum = shared.total_sum[row];
         for (int b = 0; b < count; ++b) {
@@ -120,26 +115,26 @@ __device__ void add_results(int count, int begin, int share_log2,
     }
 }
 
-template <int kD, int kRowWarps, int kStages>
-__global__ void __launch_bounds__(Shared<kD, kRowWarps, kStages>::kThreads)
+template <int kD, int kRowWarps>
+__global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
     paged_attention_kernel(const __grid_constant__ PagedAttentionArgs args) {
     extern __shared__ __align__(128) unsigned char memory[];
-    using Memory = Shared<kD, kRowWarps, kStages>;
-    auto& shared = *reinterpret_cast<Memory*>(memory);
-    constexpr int kThreads = Memory::kThreads;
-    constexpr int kRows = Memory::kRows;
+    auto& shared = *reinterpret_cast<Shared<kD, kRowWarps>*>(memory);
+    constexpr int kThreads = Shared<kD, kRowWarps>::kThreads;
+    constexpr int kRows = Shared<kD, kRowWarps>::kRows;
+    constexpr int kStages = Shared<kD, kRowWarps>::kStages;
     const KvCacheArgs& cache = args.cache;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int rank = static_cast<int>(cluster_rank());
     int cluster = static_cast<int>(cluster_size());
     const int group = static_cast<int>(args.num_heads / cache.num_kv_heads);
     const int head = blockIdx.y;
-    allow_dependents();
     bool is_waiting = true;
-    const auto wait = [&] {  // for what only the kernel ahead knows
+    const auto wait = [&] {  // for what the kernels ahead write
         if (!is_waiting) return;
         is_waiting = false;
         wait_for_predecessors();
+        allow_dependents();
     };
     if (!cache.is_settled) wait();
     const RowTile tile = find_tile(cache, args.num_tokens, group, kRows,
@@ -204,7 +199,6 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps, kStages>::kThreads)
     }
 
     // 3. Rounds of one split for each block of the cluster.
-    const auto synchronize = [&] { cluster > 1 ? cluster_sync() : __syncthreads(); };
     const int share = kD / cluster, begin = rank * share, share_log2 = 31 - __clz(share);
     for (int round = 0; round * cluster < num_splits; ++round) {
         const int split = round * cluster + rank;
@@ -231,9 +225,10 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps, kStages>::kThreads)
         for (int row = threadIdx.x; row < kRows; row += kThreads)
             shared.result_sum[row] = (shared.quarter_sum[0][row] + shared.quarter_sum[1][row]) +
                                      (shared.quarter_sum[2][row] + shared.quarter_sum[3][row]);
-        synchronize();  // every result of the round is there
-        add_results(min(num_splits - round * cluster, cluster), begin, share_log2, shared);
-        synchronize();  // nobody reads the results any more
+        cluster_sync();  // every result of the round is there
+        add_results<kD, kRowWarps>(min(num_splits - round * cluster, cluster), begin, share_log2,
+                                   shared);
+        cluster_sync();  // nobody reads the results any more
     }
 
     // 4. Divide and store. Adding 0 makes one zero of both.
@@ -253,32 +248,26 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps, kStages>::kThreads)
     }
 }
 
-/// Tiles of all sequences, at most: a sequence of n tokens has ceil(n * group / rows).
-int64_t most_tiles(const PagedAttentionArgs& args, int64_t rows) {
-    const int64_t group = args.num_heads / args.cache.num_kv_heads;
-    return std::min(args.num_tokens * ceil_div(group, rows),
-                    args.num_tokens * group / rows + args.cache.num_sequences);
-}
-
-template <int kD, int kRowWarps, bool is_deep>
+template <int kD, int kRowWarps>
 void launch(const PagedAttentionArgs& args, Stream stream) {
-    using Memory = Shared<kD, kRowWarps, kStagesOf<kD, is_deep>>;
-    const int64_t tiles = most_tiles(args, Memory::kRows);
+    // Tiles of all sequences, at most: a sequence of n tokens has ceil(n * group / rows).
+    const int64_t rows = Shared<kD, kRowWarps>::kRows;
+    const int64_t group = args.num_heads / args.cache.num_kv_heads;
+    const int64_t tiles = std::min(args.num_tokens * ceil_div(group, rows),
+                                   args.num_tokens * group / rows + args.cache.num_sequences);
     int64_t cluster = is_sm90() ? kMaxCluster : 1;
-    // Two blocks for each multiprocessor; one where it is deep, or where clusters of eight, which
-    // pack badly, would not run at once.
-    const auto wanted = [&] {
-        return (is_deep || cluster == kMaxCluster ? 1 : 2) * kMultiprocessors;
-    };
+    // Clusters of eight pack badly: two for each multiprocessor would not run at once.
+    const auto wanted = [&] { return cluster == kMaxCluster ? kTilesWanted / 2 : kTilesWanted; };
     while (cluster > 1 && tiles * args.cache.num_kv_heads * cluster > wanted()) cluster /= 2;
-    const auto kernel = paged_attention_kernel<kD, kRowWarps, kStagesOf<kD, is_deep>>;
-    constexpr auto kBytes = sizeof(Memory);
+    const auto kernel = paged_attention_kernel<kD, kRowWarps>;
+    constexpr auto kBytes = sizeof(Shared<kD, kRowWarps>);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "cudaFuncSetAttribute");
     const dim3 grid(static_cast<unsigned>(tiles * cluster),
                     static_cast<unsigned>(args.cache.num_kv_heads));
-    launch_dependent_clusters("paged_attention", kernel, grid, dim3(Memory::kThreads),
-                              static_cast<unsigned>(cluster), kBytes, stream, args);
+    launch_dependent_clusters("paged_attention", kernel, grid,
+                              dim3(Shared<kD, kRowWarps>::kThreads), static_cast<unsigned>(cluster),
+                              kBytes, stream, args);
 }
 
 }  // namespace
@@ -289,16 +278,10 @@ void paged_attention(const PagedAttentionArgs& args, Stream stream) {
     const bool is_decode = args.num_tokens <= args.cache.num_sequences;
     const auto head_dim = static_cast<int>(args.cache.head_dim);
     dispatch_at_least(head_dim, std::integer_sequence<int, 64, 128, 256>{}, [&](auto size) {
-        // Before sm_90 that much shared memory is not everywhere.
-        const bool is_deep =
-            is_decode && is_sm90() &&
-            most_tiles(args, kWarpRows) * args.cache.num_kv_heads <= kMultiprocessors;
-        if (is_deep)
-            launch<size(), 1, true>(args, stream);
-        else if (is_decode)
-            launch<size(), 1, false>(args, stream);
+        if (is_decode)
+            launch<size(), 1>(args, stream);
         else
-            launch<size(), size() == 256 ? 2 : 4, false>(args, stream);
+            launch<size(), size() == 256 ? 2 : 4>(args, stream);
     });
 }
 

@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kPartials* kRowsPerBlock)
         static_cast<Element*>(args.output) + offset_of(args, args.output_strides, row);
     Element* residual = static_cast<Element*>(args.residual);
     if (residual != nullptr) residual += offset_of(args, args.residual_strides, row);
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
 
     // 1. Squares; with a residual, the sum that takes its place.
     float partial = 0.0f;
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<Element*>(args.output) + offset_of(args, args.output_strides, row);
     Element* residual = static_cast<Element*>(args.residual);
     if (residual != nullptr) residual += offset_of(args, args.residual_strides, row);
-    allow_dependents();
     wait_for_predecessors();
+    allow_dependents();
 
     // 1. The row; with a residual, the sum that takes its place. The first weights are on their way
     //    meanwhile.

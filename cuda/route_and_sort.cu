@@ -42,25 +42,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     wait_for_predecessors();
     allow_dependents();
 
-    // 1. Route this block's tokens. The sort finds their ids in shared memory, too.
-    int32_t* ids = shared;
-    int32_t* ranks = ids + tokens_per_block * top_k;
-    int32_t* rest = ranks + tokens_per_block * top_k;
-    int32_t* scratch = rest + warp * 2 * kPerLane * kWarpSize;
+    // 1. Route this block's tokens.
+    int32_t* scratch = shared + warp * 2 * kPerLane * kWarpSize;
     for (int64_t token = begin + warp; token < end; token += num_warps) {
         const Choice choice = route_token<kPerLane, Logit>(routing, token, lane, choose_on_scores,
                                                            divide_softmax, scratch);
         if (lane < top_k) {
             routing.topk_ids[token * top_k + lane] = choice.expert;
-            ids[(token - begin) * top_k + lane] = choice.expert;
-            args.sort.slot_to_row[token * top_k + lane] = -1;  // unless the sort finds a row
             routing.topk_weights[token * top_k + lane] = choice.weight;
         }
     }
     __syncthreads();  // the block's ids are there, and nobody uses the scratch memory any more
 
     // 2. Sort their slots.
-    sort_slots(args.sort, {begin * top_k, end * top_k, ids, ranks, begin * top_k}, rest);
+    sort_slots(args.sort, begin * top_k, end * top_k, shared);
 }
 
 template <typename Logit>
@@ -81,15 +76,11 @@ void launch(const RouteAndSortArgs& args, Stream stream) {
             const size_t route_bytes =
                 sizeof(int32_t) * num_warps * 2 * static_cast<size_t>(per_lane()) * kWarpSize;
             const size_t sort_bytes = sort_shared_bytes(num_warps, static_cast<int>(experts));
-            const size_t slot_bytes =
-                2 * sizeof(int32_t) *
-                static_cast<size_t>(ceil_div(routing.num_tokens, int64_t{num_blocks}) *
-                                    routing.config.top_k);
-            launch_dependent_clusters(
-                "route_and_sort", route_and_sort_kernel<per_lane(), Logit>, dim3(num_blocks),
-                dim3(static_cast<unsigned>(num_warps * kWarpSize)), num_blocks,
-                slot_bytes + std::max(route_bytes, sort_bytes), stream, args,
-                routing.choose_on_scores(), routing.divide_softmax());
+            launch_dependent_clusters("route_and_sort", route_and_sort_kernel<per_lane(), Logit>,
+                                      dim3(num_blocks),
+                                      dim3(static_cast<unsigned>(num_warps * kWarpSize)),
+                                      num_blocks, std::max(route_bytes, sort_bytes), stream, args,
+                                      routing.choose_on_scores(), routing.divide_softmax());
         });
 }
 

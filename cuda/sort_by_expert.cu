@@ -21,15 +21,14 @@ constexpr int kMaxBlocks = 8;                       ///< every device with clust
 constexpr int64_t kSlotsPerBlock = 512;             ///< before another block joins
 constexpr size_t kGrantedBytes = size_t{48} << 10;  ///< of shared memory, unasked
 
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     sort_by_expert_kernel(const __grid_constant__ SortByExpertArgs args) {
     extern __shared__ int32_t shared[];
     wait_for_predecessors();
     allow_dependents();
     const int64_t slots_per_block = ceil_div(args.num_slots, int64_t{gridDim.x});
     const int64_t begin = min(blockIdx.x * slots_per_block, args.num_slots);
-    const int64_t end = min(begin + slots_per_block, args.num_slots);
-    sort_slots(args, {begin, end, args.topk_ids, args.slot_to_row, 0}, shared);
+    sort_slots(args, begin, min(begin + slots_per_block, args.num_slots), shared);
 }
 
 }  // namespace

@@ -26,7 +26,6 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t head = index / vectors % cache.num_kv_heads;
     const int64_t token = index / vectors / cache.num_kv_heads;
     const bool is_value = blockIdx.y == 1;
-    allow_dependents();
     if (!cache.is_settled) wait_for_predecessors();
     const int64_t sequence = token < args.num_tokens ? sequence_of(cache, token) : -1;
     const int64_t position =
@@ -35,6 +34,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t block =
         position >= 0 ? cache_block(cache, sequence, position / kKvBlockSize) : -1;
     if (cache.is_settled) wait_for_predecessors();
+    allow_dependents();
     if (block < 0) return;
     const HeadStrides& strides = is_value ? args.value_strides : args.key_strides;
     const auto* source = static_cast<const uint16_t*>(is_value ? args.value : args.key) +

@@ -1,10 +1,11 @@
 """Ranks over NCCL or peer copies: run by hand, `python tests/gpu_nccl.py [--transport peer]`.
 
-A GPU for each rank where there are several; else, with NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL 2.30
-or newer (MOECORE_NCCL names its file), 2 and 4 ranks on one GPU; peer copies need neither. Ranks are processes. Compares bits
-as gpu_expert_parallel.py does; then ranks fail in turn, the others must report them by name in
-time, free their memory, and go on in a new group. Ranks with a GPU each are threads, too: on one
-GPU they might wait for ever: memory that one frees waits for the other's kernels.
+A GPU for each rank where there are several. On one GPU peer copies work all the same, and NCCL with
+NCCL_MULTI_RANK_GPU_ENABLE=1 from 2.30 on (MOECORE_NCCL names its file), 2 and 4 ranks. Ranks are
+processes. Compares bits as gpu_expert_parallel.py does; then ranks fail in turn, the others must
+report them by name in time, free their memory, and go on in a new group. Ranks with a GPU each are
+threads, too: on one GPU they might wait for ever: memory that one frees waits for the other's
+kernels.
 """
 
 import argparse

@@ -146,15 +146,6 @@ __device__ inline void copy_box(uint32_t target, const CUtensorMap& map, const i
         : "memory");
 }
 
-/// Has L2 fetch the box of `map` at `coordinate`.
-__device__ inline void prefetch_box(const CUtensorMap& map, const int (&coordinate)[5]) {
-    asm volatile(
-        "cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map),
-        "r"(coordinate[0]), "r"(coordinate[1]), "r"(coordinate[2]), "r"(coordinate[3]),
-        "r"(coordinate[4])
-        : "memory");
-}
-
 /// Copies 16 bytes to shared memory past L1, or writes zeros there and reads nothing.
 __device__ inline void copy_16(uint32_t target, const void* source, bool is_zero) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),

@@ -21,27 +21,16 @@ constexpr size_t sort_shared_bytes(int num_warps, int num_experts) {
     return static_cast<size_t>((num_warps + 3) * num_experts + kWarpSize + 1) * sizeof(int32_t);
 }
 
-/// A block's slots: their experts' ids, and memory for their ranks: slot_to_row, or other memory if
-/// slot_to_row is -1 for those of no local expert.
-struct BlockSlots {
-    int64_t begin, end;
-    const int32_t* ids;  ///< from slot `first` on
-    int32_t* ranks;      ///< likewise
-    int64_t first;
-};
-
 /// Local id of a slot's expert, -1 if the slot is dropped.
-__device__ inline int local_expert(const SortByExpertArgs& args, const BlockSlots& slots,
-                                   int64_t slot) {
-    const int64_t local = int64_t{slots.ids[slot - slots.first]} - args.first_expert;
+__device__ inline int local_expert(const SortByExpertArgs& args, int64_t slot) {
+    const int64_t local = int64_t{args.topk_ids[slot]} - args.first_expert;
     return local >= 0 && local < args.num_local_experts ? static_cast<int>(local) : -1;
 }
 
-/// Leaves each slot's rank among its expert's in this warp's segment in `ranks`, -1 for a dropped
-/// one, and the number of expert e's in counters[e * stride], which are zero before.
-__device__ inline void rank_segment(const SortByExpertArgs& args, const BlockSlots& slots,
-                                    int64_t begin, int64_t end, int lane, int32_t* counters,
-                                    int stride) {
+/// Leaves each slot's rank among its expert's in this warp's segment in slot_to_row, -1 for a
+/// dropped one, and the number of expert e's in counters[e * stride], which are zero before.
+__device__ inline void rank_segment(const SortByExpertArgs& args, int64_t begin, int64_t end,
+                                    int lane, int32_t* counters, int stride) {
     const int num_bits = 32 - __clz(args.num_local_experts);  // of E_local, which means dropped
     constexpr int kSteps = 4;                                 // whose loads are in flight at a time
     for (int64_t first = begin; first < end; first += kSteps * kWarpSize) {
@@ -49,7 +38,7 @@ __device__ inline void rank_segment(const SortByExpertArgs& args, const BlockSlo
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
             const int64_t slot = first + i * kWarpSize + lane;
-            expert[i] = slot < end ? local_expert(args, slots, slot) : -1;
+            expert[i] = slot < end ? local_expert(args, slot) : -1;
         }
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
@@ -64,7 +53,7 @@ __device__ inline void rank_segment(const SortByExpertArgs& args, const BlockSlo
             __syncwarp();  // every peer has read the counter
             if (is_kept && lower == 0) counters[expert[i] * stride] = before + __popc(peers);
             __syncwarp();  // the next step sees the new counters
-            if (slot < end) slots.ranks[slot - slots.first] = rank;
+            if (slot < end) args.slot_to_row[slot] = rank;
         }
     }
 }
@@ -88,11 +77,10 @@ __device__ inline int block_exclusive_sum(int x, int32_t* sums, int& total) {
     return sums[warp] + inclusive - x;
 }
 
-/// Sorts args' slots, of which `slots` are this block's. `shared` has sort_shared_bytes(). Every
+/// Sorts args' slots; this block's are begin .. end - 1. `shared` has sort_shared_bytes(). Every
 /// thread of the cluster calls it, and the cluster is the whole grid.
-__device__ inline void sort_slots(const SortByExpertArgs& args, const BlockSlots& slots,
+__device__ inline void sort_slots(const SortByExpertArgs& args, int64_t begin, int64_t end,
                                   int32_t* shared) {
-    const int64_t begin = slots.begin, end = slots.end;
     const int num_experts = args.num_local_experts;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int num_warps = blockDim.x / kWarpSize;
@@ -111,7 +99,7 @@ __device__ inline void sort_slots(const SortByExpertArgs& args, const BlockSlots
     const int64_t steps = ceil_div(ceil_div(end - begin, kWarpSize), num_warps);
     const int64_t segment = min(begin + warp * steps * kWarpSize, end);
     const int64_t segment_end = min(segment + steps * kWarpSize, end);
-    rank_segment(args, slots, segment, segment_end, lane, counters + warp, stride);
+    rank_segment(args, segment, segment_end, lane, counters + warp, stride);
     __syncthreads();  // counts are complete
 
     // 2. Turn the warps' counts into those of lower warps, and tell the cluster the block's: a few
@@ -161,10 +149,9 @@ __device__ inline void sort_slots(const SortByExpertArgs& args, const BlockSlots
     const int32_t* lower_warps = counters + warp;
 #pragma unroll 4
     for (int64_t slot = segment + lane; slot < segment_end; slot += kWarpSize) {
-        const int expert = local_expert(args, slots, slot);
-        if (expert < 0) continue;  // its slot_to_row is -1 already
-        const int row =
-            first_row[expert] + lower_warps[expert * stride] + slots.ranks[slot - slots.first];
+        const int expert = local_expert(args, slot);
+        if (expert < 0) continue;
+        const int row = first_row[expert] + lower_warps[expert * stride] + args.slot_to_row[slot];
         args.slot_to_row[slot] = row;
         args.sorted_slots[row] = static_cast<int32_t>(slot);
     }
