@@ -68,7 +68,7 @@ public:
 
     /// The first half. `is_first`: residual holds the embedding, and delta nothing yet.
     /// positions [T] int32, cos_sin [P, rotary_dim] float32: as rotary_embedding (kHalves) takes
-    /// them. `settled`: whether that holds of the layer's weights.
+    /// them. `settled`: kWeights if this layer's are.
     void before_attention(const Activations& activations, const TensorView& positions,
                           const TensorView& cos_sin, bool is_first, Stream stream = {},
                           Settled settled = Settled::kNothing) const;

@@ -20,7 +20,7 @@ struct DrawnToken {
     float maximum;     ///< the row's largest logit; NaN if it holds one
 };
 
-/// Chooses one token of each row; the call returns when that is done. Token i has the integer weight
+/// Chooses one token of each row, and returns when that is done. Token i has the integer weight
 ///
 ///     w = exp((logits[i] - maximum) / temperature)
 ///     floor(2^40 * w), or 0 if w < min_p

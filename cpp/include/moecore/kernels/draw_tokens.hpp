@@ -25,6 +25,6 @@ void draw_tokens(const DrawTokensArgs& args);
 namespace cuda {
 /// `params` and `tokens` are the host's; waits for the stream. num_rows < 2^16.
 void draw_tokens(const DrawTokensArgs& args, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace moecore
