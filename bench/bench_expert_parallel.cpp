@@ -211,13 +211,6 @@ private:
         Workspace workspace(transport_.device(), 0);
         ExpertParallel ranks(transport_);
         ranks.measure();
-        if (transport_.device().type == DeviceType::kCuda) {
-            MachineFigures figures = ranks.figures();
-            figures.compute_gflops = 4e5;
-            figures.memory_gbps = 2500;
-            figures.host_wait_us = 60;
-            ranks.set_figures(figures);
-        }
         const MoELayer layer(config_of(shape_, range_), experts_.weights(), ranks, one.how);
         const double full =
             time_layer(transport_, options_.repeats, [&] { forward(layer, tokens, workspace); });

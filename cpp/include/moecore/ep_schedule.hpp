@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <string>
 
+#include "moecore/tensor_view.hpp"
+
 namespace moecore {
 
 /// How one layer's rows travel.
@@ -20,8 +22,12 @@ struct MachineFigures {
     double compute_gflops = 50.0;   ///< of one rank's grouped GEMMs
     double memory_gbps = 10.0;      ///< of reading weights
     double host_wait_us = 0.0;      ///< until the host knows routes that a device has made
-    double plan_ns_per_route = 20;  ///< of the host's plan, over the routes of all ranks
+    double plan_ns_per_route = 20;  ///< of an all-to-all's plan, over the routes of all ranks
+    int plan_collectives = 2;       ///< before that plan
 };
+
+/// What ranks on that kind of device count with until they measure: a server's core, or an H100.
+MachineFigures typical_figures(DeviceType type);
 
 /// The size of one layer's call.
 struct LayerLoad {

@@ -53,7 +53,10 @@ LayerLoad load_of(const MoEConfig& config, const std::vector<int64_t>& num_token
 }  // namespace
 
 ExpertParallel::ExpertParallel(Transport& transport)
-    : transport_(transport), state_(std::make_unique<State>(transport)) {}
+
+    : transport_(transport),
+      figures_(typical_figures(transport.device().type)),
+      state_(std::make_unique<State>(transport)) {}
 ExpertParallel::~ExpertParallel() = default;
 
 void ExpertParallel::forward(const Call& call, Stream stream) {
@@ -108,18 +111,23 @@ void ExpertParallel::measure() {
         return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
     };
     constexpr int kRounds = 11;
-    constexpr size_t kFew = size_t{1} << 20, kMany = size_t{8} << 20;
     const Device device = transport_.device();
     const CurrentDevice scope(device);
     const auto ranks = static_cast<size_t>(transport_.size());
-    Buffer send(device, kMany * ranks), received(device, kMany * ranks);
+    const size_t others = std::max<size_t>(ranks - 1, 1);
+    // A GPU's link needs many bytes before they outweigh what differs from call to call.
+    const size_t many =
+        device.type == DeviceType::kCpu ? size_t{8} << 20 : (size_t{64} << 20) / others;
+    const size_t few = many / 8;
+    Buffer send(device, many * ranks), received(device, many * ranks);
     const auto round = [&](int64_t rows) {
         const std::vector<int64_t> counts(ranks, rows);
         transport_.all_to_all_v("measure", {.data = send.data(), .counts = counts},
                                 {.data = received.data(), .counts = counts}, 1, {});
         transport_.synchronize("measure", {});
     };
-    const auto median_us = [&](int64_t rows) {
+    // What disturbs a call only makes it longer: the shortest is the link's.
+    const auto shortest_us = [&](int64_t rows) {
         std::vector<double> times;
         for (int i = 0; i < kRounds; ++i) {
             transport_.barrier("measure");
@@ -127,12 +135,11 @@ void ExpertParallel::measure() {
             round(rows);
             times.push_back(us_since(start));
         }
-        std::nth_element(times.begin(), times.begin() + kRounds / 2, times.end());
-        return times[kRounds / 2];
+        return *std::min_element(times.begin(), times.end());
     };
     // Of one byte, and of two sizes whose difference is free of what every call costs.
-    const double mine[3] = {median_us(1), median_us(static_cast<int64_t>(kFew)),
-                            median_us(static_cast<int64_t>(kMany))};
+    const double mine[3] = {shortest_us(1), shortest_us(static_cast<int64_t>(few)),
+                            shortest_us(static_cast<int64_t>(many))};
     std::vector<double> all(3 * ranks);
     transport_.all_gather("measure", mine, all.data(), sizeof mine);
     double latency_us = 0.0, few_us = 0.0, many_us = 0.0;
@@ -142,7 +149,7 @@ void ExpertParallel::measure() {
         many_us = std::max(many_us, all[3 * r + 2]);
     }
     figures_.link_latency_us = latency_us;
-    const auto bytes = static_cast<double>((kMany - kFew) * std::max<size_t>(ranks - 1, 1));
+    const auto bytes = static_cast<double>((many - few) * others);
     // No link is faster than this; a smaller difference is noise.
     constexpr double kFastestGbps = 1000.0;
     figures_.link_gbps = bytes / std::max(many_us - few_us, bytes / (kFastestGbps * 1e3)) * 1e-3;
