@@ -24,6 +24,7 @@ struct MachineFigures {
     double host_wait_us = 0.0;      ///< until the host knows routes that a device has made
     double plan_ns_per_route = 20;  ///< of an all-to-all's plan, over the routes of all ranks
     int plan_collectives = 2;       ///< before that plan
+    double group_us = 0.0;          ///< what each group after the first adds to the GEMMs
 };
 
 /// What ranks on that kind of device count with until they measure: a server's core, or an H100.
