@@ -247,6 +247,30 @@ void schedule_follows_the_figures() {
     const ScheduleChoice decode = choose_schedule(load, gpu);
     expect(decode.schedule == Schedule::kAllGather,
            "a token a rank waits for no host: " + decode.reason);
+    // Two H100, a layer of Qwen3-30B-A3B. Dear calls forbid groups, but cost less than the rows
+    // that an all-gather returns in vain; cheap ones let groups pay where there is much to hide.
+    MachineFigures h100 = typical_figures(DeviceType::kCuda);
+    h100.link_gbps = 244;
+    h100.link_latency_us = 230;
+    LayerLoad qwen3{.num_ranks = 2,
+                    .hidden_size = 2048,
+                    .intermediate_size = 768,
+                    .num_experts = 128,
+                    .top_k = 8,
+                    .element_bytes = 2,
+                    .max_tokens = 8192,
+                    .total_tokens = 2 * 8192};
+    const ScheduleChoice dear = choose_schedule(qwen3, h100);
+    expect(dear.schedule == Schedule::kAllToAll && dear.num_groups == 1, dear.reason);
+    h100.link_latency_us = 25;
+    const ScheduleChoice cheap = choose_schedule(qwen3, h100);
+    expect(cheap.schedule == Schedule::kAllToAll && cheap.num_groups == 2, cheap.reason);
+    h100.group_us = 400;
+    expect(choose_schedule(qwen3, h100).num_groups == 1, "what a group costs the GEMMs counts");
+    qwen3.max_tokens = 64;
+    qwen3.total_tokens = 128;
+    expect(choose_schedule(qwen3, h100).schedule == Schedule::kAllGather, "few tokens");
+    expect(typical_figures(DeviceType::kCpu).plan_collectives == 2, "routes, and their sizes");
     const ScheduleChoice forced = choose_schedule(load, gpu, Schedule::kAllToAll, 3);
     expect(forced.schedule == Schedule::kAllToAll && forced.num_groups == 3, "no choice left");
     expect(forced.reason.find("all-to-all in 3 groups") != std::string::npos, forced.reason);

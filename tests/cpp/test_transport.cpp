@@ -8,6 +8,7 @@
 #include "moecore/transport.hpp"
 #include "ranks.hpp"
 #include "test_main.hpp"
+#include "transport/call_watch.hpp"
 
 namespace moecore::test {
 namespace {
@@ -245,6 +246,23 @@ void ranks_of_different_sizes_do_not_meet() {
     }
 }
 
+void a_call_that_hangs_is_ended() {
+    std::atomic<bool> is_ended{false};
+    CallWatch watch([&] { is_ended = true; });
+    const auto sleep = [](int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); };
+    expect(watch.run(10.0, [] { return 7; }) == 7, "what the call returns");
+    sleep(150);
+    watch.run(10.0, [&] { return sleep(150), 0; });
+    expect(!is_ended, "calls within their limits, and none at all, are left alone");
+    const auto begin = std::chrono::steady_clock::now();
+    watch.run(0.1, [&] {
+        while (!is_ended && std::chrono::steady_clock::now() - begin < std::chrono::seconds(10))
+            sleep(1);
+        return 0;
+    });
+    expect(is_ended, "a call beyond its limit is ended");
+}
+
 }  // namespace
 
 void add_transport_tests(std::vector<Test>& tests) {
@@ -257,6 +275,7 @@ void add_transport_tests(std::vector<Test>& tests) {
     tests.push_back({"ranks out of step are noticed", ranks_out_of_step_are_noticed});
     tests.push_back({"shm arguments are checked", shm_arguments_are_checked});
     tests.push_back({"a missing rank is named", a_missing_rank_is_named_when_connecting});
+    tests.push_back({"a call that hangs is ended", a_call_that_hangs_is_ended});
     tests.push_back({"sizes must agree", ranks_of_different_sizes_do_not_meet});
 }
 

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <string>
 
+#include "moecore/tensor_view.hpp"
+
 namespace moecore {
 
 /// How one layer's rows travel.
@@ -19,19 +21,14 @@ struct MachineFigures {
     double link_latency_us = 20.0;  ///< of one collective without bytes
     double compute_gflops = 50.0;   ///< of one rank's grouped GEMMs
     double memory_gbps = 10.0;      ///< of reading weights
-    double host_wait_us = 0.0;      ///< until the host knows the counts of a plan made on a device
-    double plan_ns_per_route = 20;  ///< of the plan, over the routes of all ranks
-
-    /// What a Hopper GPU reaches; its link is still to be measured.
-    static MachineFigures gpu() {
-        return {.link_gbps = 150.0,
-                .link_latency_us = 50.0,
-                .compute_gflops = 6e5,
-                .memory_gbps = 2800.0,
-                .host_wait_us = 100.0,
-                .plan_ns_per_route = 1.0};
-    }
+    double host_wait_us = 0.0;      ///< until the host knows routes that a device has made
+    double plan_ns_per_route = 20;  ///< of an all-to-all's plan, over the routes of all ranks
+    int plan_collectives = 2;       ///< before that plan
+    double group_us = 0.0;          ///< what each group after the first adds to the GEMMs
 };
+
+/// What ranks on that kind of device count with until they measure: a server's core, or an H100.
+MachineFigures typical_figures(DeviceType type);
 
 /// The size of one layer's call.
 struct LayerLoad {

@@ -50,13 +50,14 @@ Costs all_gather_costs(const LayerLoad& load, const MachineFigures& figures) {
 }
 
 /// The first arrival and the last departure stand alone; between them the longer of computation and
-/// communication counts. Two collectives agree on routes, and each group adds two.
+/// communication counts. Collectives agree on routes, and each group adds two.
 double all_to_all_us(const Costs& costs, const MachineFigures& figures, int num_groups) {
     const double both_ways = costs.dispatch + costs.back;
     const double ends = both_ways / num_groups;
     const double inner_share = 1.0 - 1.0 / num_groups;
-    return figures.host_wait_us + costs.plan + figures.link_latency_us * (2.0 + 2.0 * num_groups) +
-           ends + std::max(costs.compute, costs.compute / num_groups + both_ways * inner_share);
+    return figures.host_wait_us + costs.plan + figures.group_us * (num_groups - 1) +
+           figures.link_latency_us * (figures.plan_collectives + 2.0 * num_groups) + ends +
+           std::max(costs.compute, costs.compute / num_groups + both_ways * inner_share);
 }
 
 double all_gather_us(const Costs& costs, const MachineFigures& figures) {
@@ -68,6 +69,18 @@ std::string groups_text(int num_groups) {
 }
 
 }  // namespace
+
+MachineFigures typical_figures(DeviceType type) {
+    if (type == DeviceType::kCpu) return {};
+    return {.link_gbps = 300,
+            .link_latency_us = 25,
+            .compute_gflops = 5e5,
+            .memory_gbps = 2500,
+            .host_wait_us = 60,
+            .plan_ns_per_route = 0.5,  // by the device
+            .plan_collectives = 1,
+            .group_us = 80};
+}
 
 ScheduleChoice choose_schedule(const LayerLoad& load, const MachineFigures& figures,
                                Schedule schedule, int num_groups) {

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <mutex>
@@ -7,6 +8,7 @@
 #include "moecore/buffer.hpp"
 #include "moecore/error.hpp"
 #include "moecore/workspace.hpp"
+#include "transport/call_watch.hpp"
 #include "transport/nccl_library.hpp"
 #include "transport/stream_wait.hpp"
 
@@ -19,9 +21,11 @@ double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-/// A rank on a GPU of its own, over a nonblocking communicator: no call into NCCL waits for a peer
-/// without the deadline. On expiry the communicator is aborted, which ends its kernels, so that the
-/// stream and the process live on.
+/// A rank on a GPU of its own. The ranks meet over a nonblocking communicator, which can be given
+/// up at the deadline. Its blocking twin carries the rows: a nonblocking one starts a thread for
+/// every group, which takes longer than many a layer's rows. No call into NCCL waits for a peer
+/// without the deadline: on expiry the communicators are aborted, which ends their kernels, so that
+/// the stream and the process live on.
 class NcclTransport : public Transport {
 public:
     NcclTransport(NcclOptions options)
@@ -31,20 +35,31 @@ public:
           device_(options.device),
           hosts_(std::move(options.hosts)),
           side_(options.device.index),
-          staging_(options.device, 0) {
+          staging_(options.device, 0),
+          watch_([this] {
+              has_expired_ = true;
+              end(late_call(""));
+          }) {
         const cuda::DeviceScope scope(device_.index);
         NcclUniqueId id;
         std::memcpy(id.bytes, options.unique_id.data(), sizeof id.bytes);
         NcclConfig config;
-        nccl_.check(nccl_.comm_init_rank_config(&comm_, size_, id, rank_, &config),
+        nccl_.check(nccl_.comm_init_rank_config(&meeting_, size_, id, rank_, &config),
                     "ncclCommInitRankConfig");
-        wait_until_ready("connect", options.connect_deadline);
+        wait_until_ready("connect", meeting_, options.connect_deadline);
+        config.blocking = 1;
+        nccl_.check(
+            watch_.run(options.connect_deadline,
+                       [&] { return nccl_.comm_split(meeting_, 0, rank_, &comm_, &config); }),
+            "ncclCommSplit");
+        wait_until_ready("connect", meeting_, options.connect_deadline);
+        wait_until_ready("connect", comm_, options.connect_deadline);
     }
 
     ~NcclTransport() override {
         const std::lock_guard lock(mutex_);
         // A graceful end would wait for peers that may be gone.
-        if (comm_ != nullptr) nccl_.comm_abort(comm_);
+        abort_communicators();
     }
 
     int rank() const override { return rank_; }
@@ -129,16 +144,18 @@ private:
     void enqueue(const char* phase, const char* what, Fn&& fn) {
         throw_if_ended();
         if (hosts_ != nullptr) hosts_->note(phase);
-        nccl_.check(fn(), what);
-        wait_until_ready(phase, deadline());
+        const int status = watch_.run(deadline(), fn);
+        if (has_expired_) give_up(late_call(phase));
+        throw_if_ended();
+        nccl_.check(status, what);
     }
 
-    void wait_until_ready(const char* phase, double deadline_s) {
+    void wait_until_ready(const char* phase, NcclComm* comm, double deadline_s) {
         const Clock::time_point start = Clock::now();
         for (;;) {
             throw_if_ended();
             int status = kNcclSuccess;
-            nccl_.check(nccl_.comm_get_async_error(comm_, &status), "ncclCommGetAsyncError");
+            nccl_.check(nccl_.comm_get_async_error(comm, &status), "ncclCommGetAsyncError");
             if (status == kNcclSuccess) return;
             if (status != kNcclInProgress) fail(phase, nccl_.get_error_string(status));
             if (seconds_since(start) > deadline_s)
@@ -160,6 +177,13 @@ private:
     void throw_if_ended() {
         const std::lock_guard lock(mutex_);
         if (reason_) throw TransportError(*reason_);
+    }
+
+    TransportError late_call(const char* phase) const {
+        return {-1, phase,
+                concat("rank ", rank_, " waited in phase '", phase,
+                       "' inside NCCL beyond the deadline of ", deadline(),
+                       " s. Look for the rank that stopped; every rank needs a new transport.")};
     }
 
     [[noreturn]] void fail(const char* phase, const std::string& what) {
@@ -189,8 +213,14 @@ private:
         const std::lock_guard lock(mutex_);
         if (reason_) return;
         reason_ = reason;
-        if (comm_ != nullptr) nccl_.comm_abort(comm_);
-        comm_ = nullptr;
+        abort_communicators();
+    }
+
+    void abort_communicators() noexcept {
+        for (NcclComm** comm : {&comm_, &meeting_}) {
+            if (*comm != nullptr) nccl_.comm_abort(*comm);
+            *comm = nullptr;
+        }
     }
 
     const NcclLibrary& nccl_;
@@ -198,11 +228,14 @@ private:
     Device device_;
     std::unique_ptr<Transport> hosts_;
     NcclComm* comm_ = nullptr;
-    cuda::OwnedStream side_;     ///< of all_gather
-    cuda::PinnedBuffer pinned_;  ///<
-    Workspace staging_;          ///<
-    std::mutex mutex_;           ///< of reason_, and of the end of comm_
+    NcclComm* meeting_ = nullptr;  ///< its parent
+    cuda::OwnedStream side_;       ///< of all_gather
+    cuda::PinnedBuffer pinned_;    ///<
+    Workspace staging_;            ///<
+    std::mutex mutex_;             ///< of reason_, and of the end of comm_
     std::optional<TransportError> reason_;
+    std::atomic<bool> has_expired_{false};
+    CallWatch watch_;  ///< last: its thread uses the others
 };
 
 }  // namespace

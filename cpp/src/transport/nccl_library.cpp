@@ -59,6 +59,7 @@ NcclLibrary load(const std::vector<std::string>& paths) {
     resolve(library.get_version, "ncclGetVersion");
     resolve(library.get_unique_id, "ncclGetUniqueId");
     resolve(library.comm_init_rank_config, "ncclCommInitRankConfig");
+    resolve(library.comm_split, "ncclCommSplit");
     resolve(library.comm_destroy, "ncclCommDestroy");
     resolve(library.comm_abort, "ncclCommAbort");
     resolve(library.comm_get_async_error, "ncclCommGetAsyncError");

@@ -42,6 +42,7 @@ struct NcclLibrary {
     int (*get_version)(int*);
     int (*get_unique_id)(NcclUniqueId*);
     int (*comm_init_rank_config)(NcclComm**, int, NcclUniqueId, int, NcclConfig*);
+    int (*comm_split)(NcclComm*, int, int, NcclComm**, NcclConfig*);
     int (*comm_destroy)(NcclComm*);
     int (*comm_abort)(NcclComm*);
     int (*comm_get_async_error)(NcclComm*, int*);
