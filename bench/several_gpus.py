@@ -2,7 +2,7 @@
 
     python bench/several_gpus.py [--out FOLDER] [--device cuda|cpu] [--sizes 2,4,8]
         [--stages links,moves,layer,exposed,bits,model] [--bench FOLDER] [--smoke]
-        [--transport peer|nccl]
+        [--transport nccl|peer]
 
 Runs on any number of GPUs (a process a GPU), on one GPU, and on the CPU (processes over
 shared memory), there with smaller sizes. Stages:
@@ -161,7 +161,7 @@ def main() -> int:
     parser.add_argument("--sizes", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES))
     parser.add_argument("--bench", type=Path)
-    parser.add_argument("--transport", choices=("peer", "nccl"), default="peer", help="of GPUs")
+    parser.add_argument("--transport", choices=("nccl", "peer"), default="nccl", help="of GPUs")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes: does it run?")
     options = parser.parse_args()
     os.environ["MOECORE_TRANSPORT"] = options.transport

@@ -59,7 +59,7 @@ class Rank:
         hosts = moecore.Transport.shm(name, self.rank, self.size, connect_deadline=60)
         if not self.is_cuda:
             return hosts
-        if os.environ.get("MOECORE_TRANSPORT", "peer") == "peer":
+        if os.environ.get("MOECORE_TRANSPORT") == "peer":
             return moecore.Transport.peer(hosts, device=self.device)
         unique = moecore.Transport.nccl_unique_id() if self.rank == 0 else bytes(128)
         ids = hosts.all_gather(torch.frombuffer(bytearray(unique), dtype=torch.uint8))

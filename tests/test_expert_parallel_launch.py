@@ -20,7 +20,7 @@ from moecore.assembly import Assembly, EngineOptions
 from moecore.expert_parallel import agreement, launch
 from moecore.expert_parallel.environment import Launch
 from moecore.expert_parallel.group import are_on_one_machine, cache_shares, thread_shares
-from moecore.expert_parallel.rank import device_of_rank, open_transport
+from moecore.expert_parallel.rank import device_of_rank, open_transport, wanted_transport
 from moecore.expert_parallel.rendezvous import accept_ranks, connect_to_rank_0
 from moecore.hub import resolve_model
 from processes import python
@@ -208,13 +208,12 @@ def test_a_rank_chooses_no_other_gpu(monkeypatch):
 class RecordedTransports:
     """Stands for Transport: notes what was made, and returns its name."""
 
-    def __init__(self, reaches=True):
+    def __init__(self):
         self.made = []
-        self._reaches = reaches
 
     def shm(self, *given, **named):
         self.made.append(("shm", given, named))
-        return given[0]
+        return "hosts"
 
     def nccl(self, *given, **named):
         self.made.append(("nccl", given, named))
@@ -222,51 +221,37 @@ class RecordedTransports:
 
     def peer(self, *given, **named):
         self.made.append(("peer", given, named))
-        if not self._reaches:
-            raise UnsupportedError("does not reach")
         return "peer"
-
-
-GPU, LIMITS = torch.device("cuda:1"), {"deadline": 5.0, "connect_deadline": 30.0}
 
 
 @pytest.mark.parametrize("hosts", ["run", None])
 def test_gpus_meet_over_nccl_which_takes_over_the_transport_of_the_hosts(hosts, monkeypatch):
     recorded = RecordedTransports()
     monkeypatch.setattr("moecore.expert_parallel.rank.Transport", recorded)
-    monkeypatch.setenv("MOECORE_TRANSPORT", "nccl")
     plan = {"hosts": hosts, "unique_id": b"id".hex()}
-    assert open_transport(plan, 1, 2, GPU, 5.0) == "nccl"
-    over = [("shm", ("run", 1, 2), LIMITS)] if hosts else []
-    joined = ("nccl", (b"id", 1, 2), {"device": GPU, "hosts": hosts, **LIMITS})
+    gpu = torch.device("cuda:1")
+    assert open_transport(plan, 1, 2, gpu, 5.0) == "nccl"
+    limits = {"deadline": 5.0, "connect_deadline": 30.0}
+    over = [("shm", ("run", 1, 2), limits)] if hosts else []
+    taken = "hosts" if hosts else None
+    joined = ("nccl", (b"id", 1, 2), {"device": gpu, "hosts": taken, **limits})
     assert recorded.made == [*over, joined]
 
 
-def test_gpus_of_one_machine_copy_from_each_other_and_use_nccl_where_they_cannot(monkeypatch):
-    plan = {"hosts": "run", "unique_id": b"id".hex()}
-    peer = [("shm", ("run", 1, 2), LIMITS), ("peer", ("run",), {"device": GPU, "deadline": 5.0})]
+def test_gpus_of_one_machine_copy_from_each_other_where_that_is_asked_for(monkeypatch):
     recorded = RecordedTransports()
     monkeypatch.setattr("moecore.expert_parallel.rank.Transport", recorded)
-    assert open_transport(plan, 1, 2, GPU, 5.0) == "peer"
-    assert recorded.made == peer
-    recorded = RecordedTransports(reaches=False)
-    monkeypatch.setattr("moecore.expert_parallel.rank.Transport", recorded)
-    assert open_transport(plan, 1, 2, GPU, 5.0) == "nccl"
-    joined = ("nccl", (b"id", 1, 2), {"device": GPU, "hosts": "run-nccl", **LIMITS})
-    assert recorded.made == [*peer, ("shm", ("run-nccl", 1, 2), LIMITS), joined]
+    gpu = torch.device("cuda:1")
+    assert open_transport({"hosts": "run", "unique_id": None}, 1, 2, gpu, 5.0) == "peer"
+    assert recorded.made[1:] == [("peer", ("hosts",), {"device": gpu, "deadline": 5.0})]
+
+
+def test_the_environment_says_how_gpus_meet(monkeypatch):
+    assert wanted_transport(True) == wanted_transport(False) == "nccl"
     monkeypatch.setenv("MOECORE_TRANSPORT", "peer")
-    with pytest.raises(UnsupportedError):
-        open_transport(plan, 1, 2, GPU, 5.0)
-
-
-@pytest.mark.parametrize(
-    ("value", "hosts", "message"),
-    [
-        ("rdma", "run", "MOECORE_TRANSPORT must be auto, peer or nccl, got 'rdma'"),
-        ("peer", None, "MOECORE_TRANSPORT must be nccl between machines, got 'peer'"),
-    ],
-)
-def test_a_transport_that_cannot_be_is_refused(value, hosts, message, monkeypatch):
-    monkeypatch.setenv("MOECORE_TRANSPORT", value)
-    with pytest.raises(ValueError, match=message):
-        open_transport({"hosts": hosts, "unique_id": b"id".hex()}, 1, 2, GPU, 5.0)
+    assert wanted_transport(True) == "peer"
+    with pytest.raises(ValueError, match="must be nccl between machines, got 'peer'"):
+        wanted_transport(False)
+    monkeypatch.setenv("MOECORE_TRANSPORT", "rdma")
+    with pytest.raises(ValueError, match="MOECORE_TRANSPORT must be nccl or peer, got 'rdma'"):
+        wanted_transport(True)

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -20,8 +19,7 @@ public:
     };
 
     explicit CopyLanes(int device) {
-        const int n = std::getenv("TEST_LANES") ? std::atoi(std::getenv("TEST_LANES")) : kLanes;
-        for (int i = 0; i < n; ++i) lanes_.push_back(std::make_unique<Lane>(device));
+        for (int i = 0; i < kLanes; ++i) lanes_.push_back(std::make_unique<Lane>(device));
         fork_.emplace(device);
     }
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from moecore._core import UnsupportedError
 from moecore.assembly import Assembly, EngineOptions
 from moecore.expert_parallel import agreement
 from moecore.expert_parallel.channel import ChannelLost, Message
@@ -172,12 +171,9 @@ class _Start:
         plan: dict[str, Any] = {"hosts": None, "unique_id": None}
         if are_on_one_machine(places):
             plan["hosts"] = f"{os.getpid()}-{secrets.token_hex(8)}"
-        if assembly.device.type == "cuda" and wanted_transport(plan["hosts"] is not None) != "peer":
-            try:
-                plan["unique_id"] = Transport.nccl_unique_id().hex()
-            except UnsupportedError:
-                if plan["hosts"] is None:
-                    raise
+        is_one_machine = plan["hosts"] is not None
+        if assembly.device.type == "cuda" and wanted_transport(is_one_machine) == "nccl":
+            plan["unique_id"] = Transport.nccl_unique_id().hex()
         self._segment = segment_of(plan["hosts"])
         for other in self._group.ranks:
             self._group.send(other, "open", _MEETING, **plan, threads=shares[other])

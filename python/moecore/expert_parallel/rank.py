@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from moecore import _core
-from moecore._core import UnsupportedError
 from moecore.assembly import Assembly
 from moecore.batch import Batch
 from moecore.engine import Engine
@@ -139,14 +138,14 @@ def device_of_rank(device: torch.device, local_rank: int) -> torch.device:
 
 
 def wanted_transport(is_one_machine: bool) -> str:
-    """Return what MOECORE_TRANSPORT says: "auto", "peer" or "nccl".
+    """Return how GPUs meet: "nccl", or "peer" where MOECORE_TRANSPORT says so.
 
     Raises:
         ValueError: it says anything else, or "peer" for ranks of several machines.
     """
-    wanted = os.environ.get("MOECORE_TRANSPORT") or "auto"
-    if wanted not in ("auto", "peer", "nccl"):
-        raise ValueError(f"LLM: MOECORE_TRANSPORT must be auto, peer or nccl, got {wanted!r}")
+    wanted = os.environ.get("MOECORE_TRANSPORT") or "nccl"
+    if wanted not in ("nccl", "peer"):
+        raise ValueError(f"LLM: MOECORE_TRANSPORT must be nccl or peer, got {wanted!r}")
     if wanted == "peer" and not is_one_machine:
         raise ValueError("LLM: MOECORE_TRANSPORT must be nccl between machines, got 'peer'")
     return wanted
@@ -157,34 +156,25 @@ def open_transport(
 ) -> Transport:
     """Join the transport that rank 0 has planned; returns when every rank has.
 
-    GPUs of one machine copy out of each other's memory where each reaches all others, and use NCCL
-    elsewhere; MOECORE_TRANSPORT=peer or nccl asks for one of them.
-
     Args:
         plan: "hosts" names a transport through shared memory, or is None between machines;
-            "unique_id" names one through NCCL, or is None where NCCL is not there.
+            "unique_id" names one through NCCL, or is None on the CPU and for peer copies.
         rank: this one.
         size: of the group.
         device: of this rank.
         deadline: of every wait from then on, in seconds.
     """
     connect = max(deadline, _CONNECT_SECONDS)
-
-    def meet(name: str) -> Transport:
-        return Transport.shm(name, rank, size, deadline=deadline, connect_deadline=connect)
-
-    wanted = wanted_transport(plan["hosts"] is not None)
-    hosts = None if plan["hosts"] is None else meet(plan["hosts"])
-    if device.type == "cpu":
+    hosts = None
+    if plan["hosts"] is not None:
+        hosts = Transport.shm(
+            plan["hosts"], rank, size, deadline=deadline, connect_deadline=connect
+        )
+    if plan["unique_id"] is None:
         assert hosts is not None
-        return hosts
-    if hosts is not None and wanted != "nccl":
-        try:
-            return Transport.peer(hosts, device=device, deadline=deadline)
-        except UnsupportedError:  # on every rank alike
-            if wanted == "peer" or plan["unique_id"] is None:
-                raise
-            hosts = meet(f"{plan['hosts']}-nccl")
+        if device.type == "cpu":
+            return hosts
+        return Transport.peer(hosts, device=device, deadline=deadline)
     return Transport.nccl(
         bytes.fromhex(plan["unique_id"]),
         rank,
