@@ -67,8 +67,9 @@ class FakeRunner:
 
     def check(self, batch):
         num_seqs, num_tokens = len(batch.context_lens), len(batch.token_ids)
-        assert batch.token_ids.dtype == batch.logit_rows.dtype == torch.int64
-        for tensor in (batch.positions, batch.query_offsets, batch.context_lens):
+        assert batch.logit_rows.dtype == torch.int64
+        lists = (batch.token_ids, batch.positions, batch.query_offsets, batch.context_lens)
+        for tensor in lists:
             assert tensor.dtype == torch.int32
         assert batch.block_tables.dtype == torch.int32
         assert batch.positions.shape == (num_tokens,)

@@ -183,6 +183,14 @@ class Decoder:
         logit_rows: Tensor,
         logits: Tensor,
     ) -> None: ...
+    def forward_decodes(
+        self,
+        activations: Activations,
+        numbers: Tensor,
+        num_sequences: int,
+        cos_sin: Tensor,
+        logits: Tensor,
+    ) -> None: ...
 
 def build_info() -> dict[str, Any]: ...
 def set_num_threads(num_threads: int) -> None: ...

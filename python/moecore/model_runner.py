@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moecore.attention import Attention, NativeAttention, TorchAttention, bytes_per_block
-from moecore.batch import Batch
+from moecore.batch import Batch, DecodeBatch
 from moecore.config import ModelConfig
 from moecore.decode_graphs import DecodeGraphs, graph_sizes
 from moecore.models.decoder import CausalLM
@@ -95,11 +95,12 @@ class ModelRunner:
         self._cos_sin = cos_sin_table(
             config.rope, cache.max_model_len, config.max_position_embeddings
         ).to(device)
-        is_native = NativeAttention.serves(config, dtype, device)
-        attention = NativeAttention if is_native else TorchAttention
+        self._is_native = NativeAttention.serves(config, dtype, device)
+        attention = NativeAttention if self._is_native else TorchAttention
         self._attention: Attention = attention(config, dtype, cache.num_blocks, device)
         self._graphs: DecodeGraphs | None = None
-        if device.type == "cuda" and is_native and max_num_seqs > 0:
+        self._logits: Tensor | None = None
+        if device.type == "cuda" and self._is_native and max_num_seqs > 0:
             with torch.inference_mode(), torch.cuda.device(device):
                 self._graphs = DecodeGraphs(
                     model,
@@ -109,19 +110,31 @@ class ModelRunner:
                     max_blocks=-(-cache.max_model_len // self.block_size),
                 )
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Return the logits [N, vocab_size] float32 of the batch's `logit_rows`.
 
-        On CUDA they are valid until the next run.
+        They are valid until the next run.
         """
-        if self._graphs is not None and self._graphs.serves(batch):
-            with torch.cuda.device(self._device):
-                return self._graphs.run(batch)
-        if self._device.type != "cpu":
-            tensors = {f.name: getattr(batch, f.name).to(self._device) for f in fields(batch)}
-            batch = Batch(**tensors)
-        return self._model.forward(batch, self._attention, self._cos_sin)
+        if self._device.type == "cpu" and self._is_native:  # no operator of torch: no mode of torch
+            return self._model.forward(
+                batch, self._attention, self._cos_sin, out=self._logits_of(batch)
+            )
+        with torch.inference_mode():
+            if self._graphs is not None and self._graphs.serves(batch):
+                with torch.cuda.device(self._device):
+                    return self._graphs.run(batch)
+            if self._device.type != "cpu":
+                tensors = {f.name: getattr(batch, f.name).to(self._device) for f in fields(Batch)}
+                batch = Batch(**tensors)
+            return self._model.forward(batch, self._attention, self._cos_sin)
+
+    def _logits_of(self, batch: Batch) -> Tensor | None:
+        """Memory for a decode's logits, kept for the next one of its size."""
+        if not isinstance(batch, DecodeBatch):
+            return None
+        if self._logits is None or len(self._logits) != batch.num_sequences:
+            self._logits = torch.empty((batch.num_sequences, self.vocab_size))
+        return self._logits
 
     @torch.inference_mode()
     def join(self) -> None:

@@ -61,6 +61,8 @@ class RequestSampler:
         self._ends = torch.tensor(sorted(ends), dtype=torch.int64)
         # One stream on every device: the noise is made on the CPU.
         self._generator = torch.Generator().manual_seed(seed)
+        self._is_plain = params.greedy and params.logprobs is None
+        self._min_tokens = params.min_tokens if ends else 0
         self._seen: Tensor | None = None
         if params.repetition_penalty != 1.0:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
@@ -75,8 +77,7 @@ class RequestSampler:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the next token is that of the largest raw logit, and nothing else is asked."""
-        params = self.params
-        return params.greedy and params.logprobs is None and not self.edits_logits
+        return self._is_plain and not self.edits_logits
 
     @property
     def edits_logits(self) -> bool:
@@ -85,7 +86,7 @@ class RequestSampler:
 
     @property
     def _bars_ends(self) -> bool:
-        return self.num_tokens < self.params.min_tokens and len(self._ends) > 0
+        return self.num_tokens < self._min_tokens
 
     def edit_logits(self, row: Tensor) -> None:
         """Apply `repetition_penalty` and `min_tokens` to logits [V], in place."""
@@ -199,13 +200,15 @@ def _argmax(logits: Tensor, samplers: list[RequestSampler]) -> list[int]:
 
 
 def _check_logits(logits: Tensor, samplers: list[RequestSampler]) -> None:
-    if logits.dim() != 2 or logits.dtype != torch.float32 or len(logits) != len(samplers):
-        got = f"{logits.dtype} {list(logits.shape)}"
+    shape = logits.shape
+    if len(shape) != 2 or shape[0] != len(samplers) or logits.dtype != torch.float32:
+        got = f"{logits.dtype} {list(shape)}"
         raise ValueError(f"sample: logits must be float32 [{len(samplers)}, V], got {got}")
+    vocab_size = shape[1]
     for sampler in samplers:
-        if sampler.vocab_size != logits.shape[1]:
+        if sampler.vocab_size != vocab_size:
             raise ValueError(
-                f"sample: logits must have {sampler.vocab_size} columns, got {logits.shape[1]}"
+                f"sample: logits must have {sampler.vocab_size} columns, got {vocab_size}"
             )
 
 

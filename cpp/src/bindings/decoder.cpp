@@ -36,14 +36,54 @@ public:
                                  .cos_sin = table,
                                  .sequences = {offsets, lens, tables},
                                  .logit_rows = rows};
-        activations.run([&](const Activations& a, Workspace& workspace, Stream stream) {
-            workspace.grow(decoder_.workspace_bytes(a.num_tokens()));
-            decoder_.forward(batch, a, workspace, out, stream);
-        });
+        run(activations, batch, out);
+    }
+
+    /// A pass of one token of each of S sequences, all of which want logits. numbers [3 S + S B]
+    /// int32: token_ids, positions, context_lens and block_tables of forward, side by side; on the
+    /// CPU. For the many passes that are little else: each tensor of Python's has its price.
+    void forward_decodes(PyActivations& activations, py::handle numbers, int64_t num_sequences,
+                         py::handle cos_sin, py::handle logits) {
+        const TensorArg all(numbers, kOp, "numbers");
+        const TensorArg table(cos_sin, kOp, "cos_sin");
+        const TensorArg out(logits, kOp, "logits");
+        const TensorView& view = all.view();
+        const bool is_list = view.dtype == DType::kInt32 && view.rank == 1 &&
+                             view.strides[0] == 1 && view.device.type == DeviceType::kCpu;
+        require(is_list && num_sequences >= 1 && view.shape[0] > 3 * num_sequences &&
+                    view.shape[0] % num_sequences == 0,
+                kOp, ": numbers must be int32 on the CPU, contiguous, 4 or more for each of the ",
+                num_sequences, " sequences, got ", to_string(view));
+        const int64_t width = view.shape[0] / num_sequences - 3;
+        for (auto next = static_cast<int32_t>(counting_.size()); next <= num_sequences; ++next)
+            counting_.push_back(next);
+        const auto part = [&](int64_t i) {
+            return TensorView(view.as<int32_t>() + i * num_sequences, DType::kInt32,
+                              {num_sequences}, Device{});
+        };
+        const TensorView offsets(counting_.data(), DType::kInt32, {num_sequences + 1}, Device{});
+        const TensorView rows(counting_.data(), DType::kInt32, {num_sequences}, Device{});
+        const TensorView tables(view.as<int32_t>() + 3 * num_sequences, DType::kInt32,
+                                {num_sequences, width}, Device{});
+        run(activations,
+            {.token_ids = part(0),
+             .positions = part(1),
+             .cos_sin = table,
+             .sequences = {offsets, part(2), tables},
+             .logit_rows = rows},
+            out);
     }
 
 private:
     static constexpr const char* kOp = "Decoder";
+
+    void run(PyActivations& activations, const DecoderBatch& batch,
+             const TensorView& logits) const {
+        activations.run([&](const Activations& a, Workspace& workspace, Stream stream) {
+            workspace.grow(decoder_.workspace_bytes(a.num_tokens()));
+            decoder_.forward(batch, a, workspace, logits, stream);
+        });
+    }
 
     DecoderParts parts(py::list key_caches, py::list value_caches) {
         DecoderParts parts;
@@ -74,6 +114,7 @@ private:
     std::deque<TensorArg> cache_args_;
     NamedTensors weights_;
     Decoder decoder_;
+    std::vector<int32_t> counting_;  ///< 0, 1, 2, ...
 };
 
 }  // namespace
@@ -82,7 +123,8 @@ void bind_decoder(py::module_& module) {
     py::class_<PyDecoder>(module, "Decoder")
         .def(py::init<std::vector<py::object>, py::list, py::list, py::dict>(), py::kw_only(),
              py::arg("layers"), py::arg("key_caches"), py::arg("value_caches"), py::arg("weights"))
-        .def("forward", &PyDecoder::forward);
+        .def("forward", &PyDecoder::forward)
+        .def("forward_decodes", &PyDecoder::forward_decodes);
 }
 
 }  // namespace moecore::bindings

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moecore import _core, ops
 from moecore.attention import Attention, NativeAttention
-from moecore.batch import Batch
+from moecore.batch import Batch, DecodeBatch
 from moecore.config import ModelConfig
 from moecore.loading import Source, WeightSlot
 from moecore.models.layers import MLP, Linear, Parameter, Placement, fill, one_matrix
@@ -239,7 +239,7 @@ class CausalLM:
             activations: of T tokens (default: buffers that the model keeps).
             out: [N, vocab_size] float32 (default: new).
         """
-        a = activations or self._activations_of(batch.token_ids.shape[0])
+        a = activations or self._activations_of(batch.num_tokens)
         if out is None:
             shape = (batch.logit_rows.shape[0], self.config.vocab_size)
             out = torch.empty(shape, dtype=torch.float32, device=self._place.device)
@@ -276,6 +276,11 @@ class CausalLM:
                 },
             )
             self._decoder = (attention, native)
+        if isinstance(batch, DecodeBatch):
+            self._decoder[1].forward_decodes(
+                a.native, batch.numbers, batch.num_sequences, cos_sin, logits
+            )
+            return
         self._decoder[1].forward(
             a.native,
             batch.token_ids,
