@@ -19,9 +19,7 @@ namespace moecore::bench {
 namespace {
 
 /// Bytes for each rank; a link of GPUs needs more to reach its rate.
-size_t largest(Device device) {
-    return size_t{device.type == DeviceType::kCpu ? 16U : 256U} << 20;
-}
+size_t largest(Device device) { return size_t{device.type == DeviceType::kCpu ? 16U : 256U} << 20; }
 
 double copy_gbps() {
     constexpr size_t kBytes = size_t{256} << 20;

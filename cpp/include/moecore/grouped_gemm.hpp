@@ -64,7 +64,8 @@ struct GroupedGemmWeights {
 /// expert_offsets  [G + 1] int64, non-decreasing, first >= 0
 /// sorted_slots    [>= R] int32, or absent
 /// output          [>= R, N], or [>= R, N / 2] if gated; float32 or bfloat16, rows contiguous
-/// work_counters   [>= 2] int32 zeros, or absent. On CUDA they let blocks take tiles in the order in
+/// work_counters   [>= 2] int32 zeros, or absent. On CUDA they let blocks take tiles in the order
+/// in
 ///                 which they get free, instead of every n-th: the same bits, and less memory
 ///                 traffic where there are many rows. They are zeros again afterwards, so that one
 ///                 call at a time may use them.
