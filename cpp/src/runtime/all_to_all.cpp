@@ -65,6 +65,7 @@ public:
     /// Puts the tokens' copies side by side, in the order in which they are sent. What packs runs
     /// on the stream of the GEMMs: these leave no multiprocessor to another one while they run.
     void pack_tokens(Stream stream) {
+        if (is_on_host_) return;
         timeline_.span("pack", kWhole, Lane::kCompute, stream, [&] {
             pack(call_.hidden_states, tensors_.sent_tokens, 0, plan_.sent.total(), packed_, stream);
         });
