@@ -175,10 +175,21 @@ void who_is_behind_elsewhere_is_blamed() {
                 transports[static_cast<size_t>(rank)]->note(step == 3 ? "return" : "dispatch");
         transports[0]->set_deadline(0.25);
         transports[2]->blame("return");  // of others it knows nothing bad
+        std::atomic<bool> is_blamed{false};
         expect_all_fail(transports, 2, "rank 2 gave no sign in phase 'return' within the deadline",
-                        1, [](Transport& transport, int rank) {
-                            if (rank == 0) transport.blame("return");
-                            if (rank == 2) transport.barrier("next");
+                        1, [&](Transport& transport, int rank) {
+                            if (rank == 2) {  // goes on only when rank 0 has said where it was
+                                while (!is_blamed) std::this_thread::yield();
+                                transport.barrier("next");
+                            }
+                            if (rank != 0) return;
+                            try {
+                                transport.blame("return");
+                            } catch (...) {
+                                is_blamed = true;
+                                throw;
+                            }
+                            is_blamed = true;
                         });
         expect_all_fail(transports, 2, "last seen in phase 'return')", -1,
                         [](Transport& transport, int) { transport.check("next"); });
