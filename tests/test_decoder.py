@@ -2,6 +2,7 @@
 
 import gc
 import re
+from array import array
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch
 from checkpoints import make_model, save
 from moecore import _core
 from moecore.attention import NativeAttention
-from moecore.batch import Batch
+from moecore.batch import Batch, DecodeBatch
 from moecore.config import read_config
 from moecore.models.load import load_model
 from moecore.rope import cos_sin_table
+from moecore.scheduler import Sequence
 from test_decoder_layer import D, E, H, T, make_layer, make_tensors, places, randn
 
 FAMILIES = ["Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe"]
@@ -43,6 +45,11 @@ def batch_of(lengths, contexts, tables, logit_rows):
     )
 
 
+def decoding(num_cached_tokens, blocks):
+    token_ids = [t % 100 for t in range(num_cached_tokens + 1)]
+    return Sequence(token_ids, num_cached_tokens, 1, array("i", blocks))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_call_gives_the_bits_of_the_parts_one_by_one(family, dtype, tmp_path):
@@ -57,7 +64,9 @@ def test_one_call_gives_the_bits_of_the_parts_one_by_one(family, dtype, tmp_path
         batch_of([1, 30], [4, 100], [[3, -1], [4, 1]], [0, 30]),
         batch_of([1, 1], [5, 101], [[3, -1], [4, 1]], [0, 1]),
         batch_of([2], [103], [[4, 1]], []),
+        Batch.of([decoding(5, [3]), decoding(103, [4, 1])]),
     ]
+    assert isinstance(passes[-1], DecodeBatch)
     for batch in passes:
         got = model.forward(batch, native, cos_sin)
         want = model.forward(batch, one_by_one, cos_sin)
@@ -182,6 +191,21 @@ def test_a_call_names_the_bad_argument(changes, rule):
     decoder = _core.Decoder(**make_parts())
     with pytest.raises((ValueError, TypeError), match=re.escape(rule)):
         decoder.forward(*make_call(**changes).values())
+
+
+def test_a_pass_of_decodes_names_its_bad_argument():
+    call, decoder = make_call(), _core.Decoder(**make_parts())
+    for numbers, size in (
+        (torch.zeros(4), 1),  # no int32
+        (torch.zeros(3, dtype=torch.int32), 1),  # no block table
+        (torch.zeros(9, dtype=torch.int32), 2),  # not as many for each
+        (torch.zeros(8, dtype=torch.int32)[::2], 1),
+        (torch.zeros(4, dtype=torch.int32), 0),
+    ):
+        with pytest.raises(ValueError, match="Decoder: numbers must be int32 on the CPU"):
+            decoder.forward_decodes(
+                call["activations"], numbers, size, call["cos_sin"], call["logits"]
+            )
 
 
 def test_a_decoder_keeps_its_parts_alive():

@@ -194,6 +194,13 @@ def test_bad_nccl_arguments_are_named_before_nccl_is_loaded(arguments, message):
         moecore.Transport.nccl(*arguments, device="cuda:0")
 
 
+def test_peer_copies_need_a_gpu():
+    hosts = moecore.Transport.loopback()
+    with pytest.raises(ValueError, match="device must be a GPU, got cpu"):
+        moecore.Transport.peer(hosts, device="cpu")
+    hosts.barrier("still there")
+
+
 def test_a_missing_nccl_is_reported_with_the_paths_tried():
     code = (
         "import moecore\n"

@@ -91,10 +91,10 @@ class DecodeBatch(Batch):
         numbers.extend(positions)
         numbers.extend([position + 1 for position in positions])
         memory = bytearray(numbers.tobytes() + _table_bytes(scheduled))
-        fields = self.__dict__  # the dataclass is frozen
-        fields["num_sequences"] = len(positions)
+        made = self.__dict__  # the dataclass is frozen
+        made["num_sequences"] = len(positions)
         # [3 S + S B] int32: token_ids, positions, context_lens, block_tables
-        fields["numbers"] = torch.frombuffer(memory, dtype=torch.int32)
+        made["numbers"] = torch.frombuffer(memory, dtype=torch.int32)
 
     num_sequences: int
     numbers: Tensor
@@ -105,11 +105,14 @@ class DecodeBatch(Batch):
         return self.num_sequences
 
     def __getattr__(self, name: str) -> Tensor:
-        size = self.__dict__["num_sequences"]
-        numbers: Tensor = self.__dict__["numbers"]
+        tensor = self._make(name)
+        self.__dict__[name] = tensor  # found before __getattr__ from now on
+        return tensor
+
+    def _make(self, name: str) -> Tensor:
+        size, numbers = self.num_sequences, self.numbers
         if name in ("query_offsets", "logit_rows"):
-            offsets, rows = _one_row_each(size)
-            return offsets if name == "query_offsets" else rows
+            return _one_row_each(size)[name == "logit_rows"]
         if name == "block_tables":
             return numbers[3 * size :].view(size, -1)
         try:

@@ -23,7 +23,7 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 def is_decode(batch: Batch) -> bool:
     """Whether every sequence of the batch has one token, whose logits are wanted."""
     num_sequences = batch.context_lens.shape[0]
-    return batch.token_ids.shape[0] == num_sequences == batch.logit_rows.shape[0]
+    return batch.num_tokens == num_sequences == batch.logit_rows.shape[0]
 
 
 class DecodeGraphs:

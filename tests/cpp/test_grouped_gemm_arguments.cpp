@@ -17,7 +17,9 @@ void test_gemm_names_the_bad_argument() {
         int per_token = 1;
         GroupedGemmConfig config;
         TensorView output;
+        TensorView counters = {};
     };
+    Array counters(DType::kInt32, 2);
     const Arguments good{input.view({3, 4}),
                          weights.view({2, 5, 4}),
                          bias.view({2, 5}),
@@ -28,7 +30,7 @@ void test_gemm_names_the_bad_argument() {
                          output.view({3, 5})};
     const auto call = [](const Arguments& a) {
         grouped_gemm(a.input, a.weights, a.bias, a.offsets, a.slots, a.per_token, a.config,
-                     a.output);
+                     a.output, {}, a.counters);
     };
     call(good);
     const auto bad = [&](const std::function<void(Arguments&)>& change, const char* text,
@@ -37,6 +39,9 @@ void test_gemm_names_the_bad_argument() {
         change(a);
         expect_invalid([&] { call(a); }, std::string("grouped_gemm: ") + text, where);
     };
+    bad([&](auto& a) { a.counters = counters.view({1}); }, "work_counters must have 2 elements");
+    bad([&](auto& a) { a.counters = on_other_device(counters.view({2})); }, "work_counters must");
+    bad([](auto& a) { a.counters = a.offsets; }, "work_counters must");
     bad([](auto& a) { a.input = {}; }, "input must");
     bad([](auto& a) { a.input.strides[0] = -4; }, "input must");
     bad([](auto& a) { a.input.strides[1] = 2; }, "input must");

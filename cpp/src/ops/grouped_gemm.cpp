@@ -184,6 +184,7 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                    work_counters.shape[0]);
         check.contiguous("work_counters", work_counters);
         check.device("work_counters", work_counters, input.device);
+        check.no_overlap("output", output, "work_counters", work_counters);
         args.work_counters = work_counters.as<int32_t>();
     }
     if (input.device.type == DeviceType::kCpu)
