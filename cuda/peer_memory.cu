@@ -42,7 +42,8 @@ ExportedMemory export_memory(const void* data) {
             concat("cuMemGetAddressRange failed with error ", static_cast<int>(result)));
     cudaIpcMemHandle_t handle;
     check(cudaIpcGetMemHandle(&handle, reinterpret_cast<void*>(start)), "cudaIpcGetMemHandle");
-    ExportedMemory exported{.allocation = {}, .offset = address - start};
+    ExportedMemory exported{
+        .allocation = {}, .offset = address - start, .start = start, .bytes = bytes};
     static_assert(sizeof handle == sizeof exported.allocation);
     std::memcpy(exported.allocation.data(), &handle, sizeof handle);
     return exported;

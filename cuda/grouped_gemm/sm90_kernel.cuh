@@ -148,8 +148,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
         const int num_arrivals = 1 + (params.copies_rows ? 0 : kGatherThreads);
         for (int i = 0; i < params.num_stages; ++i) {
             ptx::barrier_init(ptx::shared_address(&state.full[i]), num_arrivals);
-            ptx::barrier_init(ptx::shared_address(&state.empty[i]),
-                              4 * Shape::kConsumers * Shape::kCluster);
+            constexpr int kWarps = 4 * Shape::kConsumers;
+            ptx::barrier_init(ptx::shared_address(&state.empty[i]), kWarps);
+            if constexpr (Shape::kCluster > 1)
+                ptx::barrier_init(ptx::shared_address(&state.empty_there[i]),
+                                  kWarps * (Shape::kCluster - 1));
         }
         for (int i = 0; i < kClaims; ++i) {
             ptx::barrier_init(ptx::shared_address(&state.claims.full[i]), 1);

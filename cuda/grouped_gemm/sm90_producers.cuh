@@ -36,7 +36,7 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
                 // The answer to a claim comes while the ring still has work.
                 if (params.claims_tiles && rank == 0 && k == params.num_k_blocks - 1)
                     index = claim_tile(params.args.work_counters, num_clusters);
-                stage.wait_empty();
+                stage.template wait_all_empty<Shape::kCluster>();
                 if (k == 0) stage.tile() = tile;
                 ptx::barrier_arrive_expect(stage.full(),
                                            Shape::kWeightBytes + row_boxes * kBoxBytes);

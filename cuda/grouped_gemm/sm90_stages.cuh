@@ -57,8 +57,9 @@ struct Params {
 /// Barriers and tiles of the stages.
 struct RingState {
     uint64_t full[kMaxStages];   ///< data has arrived: one arrival of copies, one a gather thread
-    uint64_t empty[kMaxStages];  ///< data is used: one arrival a consumer warp of the cluster
-    Tile tile[kMaxStages];       ///< of a stage that begins a tile
+    uint64_t empty[kMaxStages];  ///< data is used: one arrival a consumer warp
+    uint64_t empty_there[kMaxStages];  ///< in the cluster's other blocks: one of each warp
+    Tile tile[kMaxStages];             ///< of a stage that begins a tile
     ClaimQueue claims;
 };
 
@@ -97,21 +98,29 @@ public:
     /// weights waits for that of all its blocks.
     template <int kCluster>
     __device__ void release(int index) const {
-        ptx::barrier_arrive(empty(index));
+        ptx::barrier_arrive(ptx::shared_address(&state_.empty[index]));
         if constexpr (kCluster > 1) {
+            const uint32_t there = ptx::shared_address(&state_.empty_there[index]);
 #pragma unroll
             for (unsigned other = 1; other < kCluster; ++other)
                 ptx::cluster_barrier_arrive(
-                    ptx::address_in(empty(index), (cluster_rank() + other) % kCluster));
+                    ptx::address_in(there, (cluster_rank() + other) % kCluster));
         }
     }
     __device__ void wait_full() const { ptx::barrier_wait(full(), parity_); }
     /// Producers: the first pass through the ring finds it empty.
-    __device__ void wait_empty() const { ptx::barrier_wait(empty(index_), parity_ ^ 1u); }
+    __device__ void wait_empty() const {
+        ptx::barrier_wait(ptx::shared_address(&state_.empty[index_]), parity_ ^ 1u);
+    }
+    /// Who writes to every block of the cluster waits for all of them.
+    template <int kCluster>
+    __device__ void wait_all_empty() const {
+        wait_empty();
+        if constexpr (kCluster > 1)
+            ptx::barrier_wait(ptx::shared_address(&state_.empty_there[index_]), parity_ ^ 1u);
+    }
 
 private:
-    __device__ uint32_t empty(int index) const { return ptx::shared_address(&state_.empty[index]); }
-
     const Params& params_;
     uint32_t ring_;
     RingState& state_;

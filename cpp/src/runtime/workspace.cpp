@@ -4,10 +4,20 @@
 
 namespace moecore {
 namespace {
+
 constexpr size_t kAlignment = 256;
+constexpr size_t kBlockBytes = 2 << 20;  ///< of GPU memory that other processes open as a whole
+
+/// On a GPU `bytes` rounded up to whole blocks: a transport lends them to another process, which
+/// cannot open two allocations of one block.
+size_t in_blocks(Device device, size_t bytes) {
+    if (device.type == DeviceType::kCpu) return bytes;
+    return (bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
 }
 
-Workspace::Workspace(Device device, size_t bytes) : buffer_(device, bytes) {
+}  // namespace
+
+Workspace::Workspace(Device device, size_t bytes) : buffer_(device, in_blocks(device, bytes)) {
     if (device.type == DeviceType::kCuda)
         counters_ = Buffer::zeros(device, static_cast<size_t>(kNumCounters) * sizeof(int32_t));
 }
@@ -36,7 +46,7 @@ void Workspace::grow(size_t bytes) {
     if (bytes > size_bytes()) {
         const Device where = device();
         buffer_ = Buffer();  // free first, so that the peak is the new size alone
-        buffer_ = Buffer(where, bytes);
+        buffer_ = Buffer(where, in_blocks(where, bytes));
     }
     reset();
 }

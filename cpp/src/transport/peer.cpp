@@ -190,7 +190,8 @@ private:
             std::memcpy(counts_.data(), one + sizeof lent, count_bytes);
             if (source != me) cuda::wait_for(stream, ready_of_[source]);
             const auto* theirs = static_cast<const char*>(lent.data);
-            if (lent.bytes > 0 && !is_here_[source]) theirs = memory_[source].find(lent.place);
+            if (lent.bytes > 0 && !is_here_[source])
+                theirs = memory_[source].find(lent.place, cuda::wait_for_device);
             find_copies(source, theirs, counts_.data());
         }
         lanes_->run(copies_, stream);
@@ -211,7 +212,7 @@ private:
     std::deque<cuda::Event> opened_;
     std::optional<CopyLanes> lanes_;
     std::vector<CopyLanes::Copy> copies_;
-    std::vector<PeerMemoryCache> memory_;  ///< of each rank in another process
+    std::vector<PeerMemoryCache<>> memory_;  ///< of each rank in another process
     std::vector<char> mine_, all_;
     std::vector<int64_t> counts_;
 };

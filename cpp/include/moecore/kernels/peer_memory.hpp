@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "moecore/kernels/device_queue.hpp"
@@ -15,6 +16,8 @@ using IpcHandle = std::array<char, 64>;
 struct ExportedMemory {
     IpcHandle allocation;
     size_t offset;
+    uint64_t start;  ///< of the allocation, an address of its owner
+    size_t bytes;    ///< of the allocation
 };
 
 /// `data`: device memory that allocate() gave, or within it. Throws CudaError.
