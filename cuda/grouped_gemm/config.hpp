@@ -11,6 +11,7 @@ namespace moecore::cuda {
 
 enum class GemmKernel : uint8_t {
     kSimple,  ///< any size, stride and dtype, no tensor cores
+    kSlim,    ///< 64 weight rows x up to 32 rows: where that gives more multiprocessors a share
     kNarrow,  ///< 128 weight rows x up to 64 rows: reads weights at memory speed
     kWide,    ///< 256 weight rows x up to 192 rows: keeps the tensor cores busy
     kPair,  ///< two wide tiles with the same weights, read from L2 once: for groups of two and more
@@ -34,11 +35,14 @@ struct GemmConfig {
 
 /// Shared memory of one block of `kernel` that its stages may fill.
 constexpr int64_t ring_bytes(GemmKernel kernel) {
-    return kernel == GemmKernel::kNarrow ? 113664 : 229376;
+    return kernel == GemmKernel::kSlim || kernel == GemmKernel::kNarrow ? 113664 : 229376;
 }
 
 /// Weight rows of a tile.
-constexpr int weight_rows(GemmKernel kernel) { return kernel == GemmKernel::kNarrow ? 128 : 256; }
+constexpr int weight_rows(GemmKernel kernel) {
+    if (kernel == GemmKernel::kSlim) return 64;
+    return kernel == GemmKernel::kNarrow ? 128 : 256;
+}
 
 /// As many stages as fit, up to 12.
 constexpr GemmConfig with_stages(GemmKernel kernel, int max_tokens, int sharing) {
@@ -55,6 +59,15 @@ constexpr int row_tiles_in_cache(int max_tokens, int64_t k_dim) {
     return static_cast<int>(std::clamp<int64_t>(kCacheBytes / (2 * max_tokens * k_dim), 1, 16));
 }
 
+/// Weight rows that the busiest multiprocessor reads, if each group that may have rows has one tile
+/// of them.
+constexpr int64_t most_weight_rows(const GemmProblem& problem, GemmKernel kernel) {
+    const int64_t tile = weight_rows(kernel);
+    const int64_t tiles =
+        (problem.n + tile - 1) / tile * std::min(problem.num_rows, problem.num_groups);
+    return (tiles + problem.num_multiprocessors - 1) / problem.num_multiprocessors * tile;
+}
+
 /// Tiles for a problem that the sm_90a kernels can take. Rows are taken to be spread evenly: a
 /// group with more rows than `max_tokens` costs time, not correctness.
 constexpr GemmConfig choose_config(const GemmProblem& problem) {
@@ -64,8 +77,12 @@ constexpr GemmConfig choose_config(const GemmProblem& problem) {
     while (deviation * deviation < mean) ++deviation;
     const int64_t likely = std::min(problem.num_rows, mean + 3 * deviation);
     if (likely <= 64) {
-        const int max_tokens = static_cast<int>((likely + 7) / 8 * 8);
-        return with_stages(GemmKernel::kNarrow, std::max(max_tokens, 8), 16);
+        const int max_tokens = std::max(static_cast<int>((likely + 7) / 8 * 8), 8);
+        // One group has the thin kernel.
+        const bool is_slim = problem.num_groups > 1 && max_tokens <= 32 &&
+                             most_weight_rows(problem, GemmKernel::kSlim) <
+                                 most_weight_rows(problem, GemmKernel::kNarrow);
+        return with_stages(is_slim ? GemmKernel::kSlim : GemmKernel::kNarrow, max_tokens, 16);
     }
     // Multiples of 32: the copy engine brings so many rows at a time.
     const int max_tokens = static_cast<int>(std::clamp<int64_t>((likely + 31) / 32 * 32, 96, 192));

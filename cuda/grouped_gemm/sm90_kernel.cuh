@@ -164,9 +164,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
     if constexpr (Shape::kCluster > 1)
         cluster_sync();  // barriers exist, in every block
     else
-        __syncthreads();  // barriers exist
-    wait_for_predecessors();
-    allow_dependents();
+        __syncthreads();                                     // barriers exist
+    if (threadIdx.x >= kWarpSize || !params.begins_early) {  // the first warp waits by itself
+        wait_for_predecessors();
+        allow_dependents();
+    }
 
     // 2. Every warpgroup keeps its role to the end.
     constexpr bool kMovesRegisters =

@@ -52,6 +52,7 @@ struct Params {
     bool copies_rows;         ///< by the copy engine, kBoxRows at a time: they lie side by side
     bool frees_early;         ///< a stage before the next one's products are issued, not after
     bool claims_tiles;        ///< through args.work_counters
+    bool begins_early;        ///< weights and offsets may be read before the kernel ahead has ended
 };
 
 /// Barriers and tiles of the stages.

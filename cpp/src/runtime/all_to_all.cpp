@@ -90,7 +90,7 @@ public:
                          tensors_.sorted_slots, call_.config.routing.top_k, call_.config.activation,
                          inner_, stream, counters_);
             grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_, stream,
-                         counters_);
+                         counters_, Settled::kWeights);
             if (!is_fast())
                 pack(rows_, tensors_.back_rows, plan_.sent_back.before(group),
                      sum(plan_.sent_back.of_group(group)), packed_back_, stream);

@@ -217,8 +217,9 @@ void MoELayer::run_experts(const TensorView& hidden_states, const SortedSlots& s
         grouped_gemm(hidden_states, weights_.gate_up, weights_.gate_up_bias, sorted.expert_offsets,
                      sorted.slots, top_k, config_.activation, inner, stream, counters);
     }
+    // Nothing but the GEMM before it may still run, and that writes neither weights nor offsets.
     grouped_gemm(inner, weights_.down, weights_.down_bias, sorted.expert_offsets, {}, 1, {}, rows,
-                 stream, counters);
+                 stream, counters, Settled::kWeights);
 
     // 2. The shared expert, then every token's sum.
     TensorView shared_scale;
