@@ -1,11 +1,14 @@
 // Copies at the pace of a link that is not there.
 //
-//   reads   `bytes` of the source
-//   writes  them to the target; a time stamp
+//   reads   `bytes` of the source, with blocks
+//   writes  them to the target
 //
 // Any architecture. globaltimer counts nanoseconds, and moves at least every microsecond.
 
 #include <algorithm>
+#include <bit>
+#include <chrono>
+#include <cstdint>
 
 #include "common/launch.cuh"
 #include "gpu.hpp"
@@ -18,8 +21,6 @@ using cuda::native;
 
 constexpr int kThreads = 512;
 constexpr int kWords = 4;  ///< of 16 bytes, in flight in a thread
-
-__device__ uint64_t begin_time;  ///< of the copy at hand: those of one stream follow each other
 
 __device__ uint64_t nanoseconds() {
     uint64_t now = 0;
@@ -57,9 +58,12 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) wait_until(start + duration);
 }
 
-__global__ void stamp_kernel() { begin_time = nanoseconds(); }
-
-__global__ void hold_kernel(uint64_t duration) { wait_until(begin_time + duration); }
+/// Of a stream: holds it for `argument` nanoseconds, by the host's clock.
+void CUDART_CB hold(void* argument) {
+    using Clock = std::chrono::steady_clock;
+    const auto due = Clock::now() + std::chrono::nanoseconds(std::bit_cast<intptr_t>(argument));
+    while (Clock::now() < due) continue;
+}
 
 }  // namespace
 
@@ -73,11 +77,9 @@ void paced_copy(void* target, const void* source, size_t bytes, double us, int b
             static_cast<uint4*>(target), static_cast<const uint4*>(source),
             static_cast<int64_t>(bytes / kWordBytes), duration);
     } else {
-        stamp_kernel<<<1, 1, 0, native(stream)>>>();
-        if (bytes > 0)
-            check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, native(stream)),
-                  "cudaMemcpyAsync");
-        hold_kernel<<<1, 1, 0, native(stream)>>>(duration);
+        check(cudaLaunchHostFunc(native(stream), hold,
+                                 std::bit_cast<void*>(static_cast<intptr_t>(duration))),
+              "cudaLaunchHostFunc");
     }
     check(cudaPeekAtLastError(), "paced_copy launch");
 }

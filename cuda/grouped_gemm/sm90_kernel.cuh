@@ -90,6 +90,7 @@ __device__ void consume(const Params& params, Stage stage, int consumer) {
         // 1. The next tile.
         stage.wait_full();
         const Tile tile = stage.tile();
+        __syncwarp();  // all lanes have read it before one gives the stage back
         if (tile.group < 0) return;
         const Place<kIsGated, Shape> place(tile, consumer);
         if (place.first_column >= (kIsGated ? args.n / 2 : args.n)) {
@@ -164,8 +165,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
     if constexpr (Shape::kCluster > 1)
         cluster_sync();  // barriers exist, in every block
     else
-        __syncthreads();                                     // barriers exist
-    if (threadIdx.x >= kWarpSize || !params.begins_early) {  // the first warp waits by itself
+        __syncthreads();  // barriers exist
+    const bool waits_itself = params.begins_early && warp == 0;
+    if (!waits_itself) {
         wait_for_predecessors();
         allow_dependents();
     }

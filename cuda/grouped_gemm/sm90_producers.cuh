@@ -25,7 +25,7 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
     const int num_clusters = static_cast<int>(gridDim.x) / Shape::kCluster;
     const int rank = Shape::kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
     constexpr int kPartBytes = Shape::kWeightBytes / Shape::kCluster;
-    Tile tile;
+    Tile tile{};
     const auto copy_weights = [&](const Stage& to, int k, int row_boxes) {
         // Rows of a box come in eights; gated: eight of gate, the same eight of up.
         constexpr int kEights = Shape::kWeightRows / (kIsGated ? 16 : 8);
