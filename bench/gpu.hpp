@@ -53,7 +53,7 @@ struct Link {
 };
 
 /// Keeps `stream` busy for `us` microseconds. `blocks` blocks copy meanwhile, spread over that
-/// time. Without, only the host waits, some 10 us more, and REQUIRES what is to arrive to be in
+/// time. Without, only the host waits, a few us more, and REQUIRES what is to arrive to be in
 /// place: neither a copy within one GPU nor a kernel that waits would leave the multiprocessors
 /// alone.
 void paced_copy(void* target, const void* source, size_t bytes, double us, int blocks,

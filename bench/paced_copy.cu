@@ -6,11 +6,13 @@
 // Any architecture. globaltimer counts nanoseconds, and moves at least every microsecond.
 
 #include <algorithm>
-#include <bit>
+#include <array>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <thread>
 
-#include "common/launch.cuh"
+#include "common/driver.hpp"
 #include "gpu.hpp"
 
 namespace moecore::bench {
@@ -58,12 +60,68 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) wait_until(start + duration);
 }
 
-/// Of a stream: holds it for `argument` nanoseconds, by the host's clock.
-void CUDART_CB hold(void* argument) {
+/// Holds streams by the host's clock, with no kernel: a stream says in pinned memory that it is
+/// there, and waits until a thread of the host says that it may go on.
+class Holder {
+public:
+    Holder() {
+        check(cudaHostAlloc(&signals_, 2 * sizeof(uint64_t), cudaHostAllocPortable),
+              "cudaHostAlloc");
+        signals_[kThere] = signals_[kGo] = 0;
+        thread_ = std::thread([this] { work(); });
+    }
+    ~Holder() {
+        ends_ = true;
+        thread_.join();  // at the process's end: the driver frees what is pinned
+    }
+    Holder(const Holder&) = delete;
+    Holder& operator=(const Holder&) = delete;
+
+    /// `us` microseconds from when `stream` gets there. Holds are counted as they are called, and
+    /// must get there in that order.
+    void hold(double us, Stream stream) {
+        const uint64_t number = ++num_held_;
+        require(number - num_done_ < kMost, "Holder: too many holds at a time");
+        durations_us_[number % kMost] = us;
+        const auto address = [&](int signal) {
+            return reinterpret_cast<CUdeviceptr>(signals_ + signal);
+        };
+        static const auto write =
+            cuda::find_in_driver<PFN_cuStreamWriteValue64_v11070>("cuStreamWriteValue64");
+        static const auto wait =
+            cuda::find_in_driver<PFN_cuStreamWaitValue64_v11070>("cuStreamWaitValue64");
+        const CUresult wrote = write(native(stream), address(kThere), number, 0);
+        const CUresult waits = wait(native(stream), address(kGo), number, CU_STREAM_WAIT_VALUE_GEQ);
+        if (wrote != CUDA_SUCCESS || waits != CUDA_SUCCESS)
+            throw CudaError("Holder: the driver cannot write or wait for a value");
+    }
+
+private:
     using Clock = std::chrono::steady_clock;
-    const auto due = Clock::now() + std::chrono::nanoseconds(std::bit_cast<intptr_t>(argument));
-    while (Clock::now() < due) continue;
-}
+    enum : int { kThere, kGo };
+    static constexpr uint64_t kMost = 256;
+
+    void work() {
+        const volatile uint64_t* there = signals_ + kThere;
+        volatile uint64_t* go = signals_ + kGo;
+        while (!ends_) {
+            const uint64_t number = num_done_ + 1;
+            if (*there < number) continue;
+            const auto due = Clock::now() + std::chrono::duration<double, std::micro>(
+                                                durations_us_[number % kMost]);
+            while (Clock::now() < due) continue;
+            *go = number;
+            num_done_ = number;
+        }
+    }
+
+    uint64_t* signals_ = nullptr;  ///< pinned
+    std::array<std::atomic<double>, kMost> durations_us_{};
+    uint64_t num_held_ = 0;
+    std::atomic<uint64_t> num_done_ = 0;
+    std::atomic<bool> ends_ = false;
+    std::thread thread_;
+};
 
 }  // namespace
 
@@ -77,9 +135,8 @@ void paced_copy(void* target, const void* source, size_t bytes, double us, int b
             static_cast<uint4*>(target), static_cast<const uint4*>(source),
             static_cast<int64_t>(bytes / kWordBytes), duration);
     } else {
-        check(cudaLaunchHostFunc(native(stream), hold,
-                                 std::bit_cast<void*>(static_cast<intptr_t>(duration))),
-              "cudaLaunchHostFunc");
+        static Holder holder;
+        holder.hold(us, stream);
     }
     check(cudaPeekAtLastError(), "paced_copy launch");
 }

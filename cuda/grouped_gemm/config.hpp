@@ -59,13 +59,14 @@ constexpr int row_tiles_in_cache(int max_tokens, int64_t k_dim) {
     return static_cast<int>(std::clamp<int64_t>(kCacheBytes / (2 * max_tokens * k_dim), 1, 16));
 }
 
-/// Weight rows that the busiest multiprocessor reads, if each group that may have rows has one tile
-/// of them.
-constexpr int64_t most_weight_rows(const GemmProblem& problem, GemmKernel kernel) {
-    const int64_t tile = weight_rows(kernel);
+/// Whether slim tiles of every group that may have rows run at the same time, two to a
+/// multiprocessor. Then they spread the weights better than half as many tiles; else the second
+/// wave costs more than that. One group has the thin kernel.
+constexpr bool slim_is_better(const GemmProblem& problem) {
+    const int64_t rows = weight_rows(GemmKernel::kSlim);
     const int64_t tiles =
-        (problem.n + tile - 1) / tile * std::min(problem.num_rows, problem.num_groups);
-    return (tiles + problem.num_multiprocessors - 1) / problem.num_multiprocessors * tile;
+        (problem.n + rows - 1) / rows * std::min(problem.num_rows, problem.num_groups);
+    return problem.num_groups > 1 && tiles <= 2 * problem.num_multiprocessors;
 }
 
 /// Tiles for a problem that the sm_90a kernels can take. Rows are taken to be spread evenly: a
@@ -78,10 +79,7 @@ constexpr GemmConfig choose_config(const GemmProblem& problem) {
     const int64_t likely = std::min(problem.num_rows, mean + 3 * deviation);
     if (likely <= 64) {
         const int max_tokens = std::max(static_cast<int>((likely + 7) / 8 * 8), 8);
-        // One group has the thin kernel.
-        const bool is_slim = problem.num_groups > 1 && max_tokens <= 32 &&
-                             most_weight_rows(problem, GemmKernel::kSlim) <
-                                 most_weight_rows(problem, GemmKernel::kNarrow);
+        const bool is_slim = max_tokens <= 32 && slim_is_better(problem);
         return with_stages(is_slim ? GemmKernel::kSlim : GemmKernel::kNarrow, max_tokens, 16);
     }
     // Multiples of 32: the copy engine brings so many rows at a time.

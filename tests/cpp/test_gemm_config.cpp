@@ -73,7 +73,8 @@ void tiles_are_slim_where_that_spreads_the_weights() {
             .kernel;
     };
     expect(kernel(2, 8, 4096) == GemmKernel::kSlim, "64 tiles of 128 rows leave 68 idle");
-    expect(kernel(8, 32, 4096) == GemmKernel::kNarrow, "256 tiles are two for each as it is");
+    expect(kernel(4, 32, 4224) == GemmKernel::kSlim, "264 slim tiles are two for each");
+    expect(kernel(4, 32, 4232) == GemmKernel::kNarrow, "four slim tiles more need a second wave");
     expect(kernel(33, 1, 4096) == GemmKernel::kNarrow, "more rows than a slim tile holds");
 }
 
