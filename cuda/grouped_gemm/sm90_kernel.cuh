@@ -89,7 +89,7 @@ __device__ void consume(const Params& params, Stage stage, int consumer) {
     while (true) {
         // 1. The next tile.
         stage.wait_full();
-        const Tile tile = stage.template tile<Shape::kCluster>();
+        const Tile tile = stage.tile();
         __syncwarp();  // all lanes have read it before one gives the stage back
         if (tile.group < 0) return;
         const Place<kIsGated, Shape> place(tile, consumer);
