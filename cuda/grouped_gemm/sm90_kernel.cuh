@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
     const int warp = threadIdx.x / kWarpSize;
 
     // 1. Set up while the kernels before this one may still run.
+    load_parameters(params);
     if (threadIdx.x == 0) {
         ptx::prefetch_map(weights_map);
         if (params.copies_rows) ptx::prefetch_map(rows_map);

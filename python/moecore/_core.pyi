@@ -251,6 +251,21 @@ def write_kv_cache(
     context_lens: Tensor,
     block_tables: Tensor,
 ) -> None: ...
+def rotate_and_cache(
+    heads: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    interleaved: bool,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_offsets: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    is_settled: bool,
+) -> None: ...
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
