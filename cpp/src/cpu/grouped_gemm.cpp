@@ -23,8 +23,9 @@ static_assert(kMaxRowsPerUnit % kMatrixRows == 0, "sums of the rows after the la
 /// Plain weights are packed this much of K at a time, into a buffer that stays in cache.
 constexpr int64_t kPackedK = 512;
 
-/// Work is handed out in this many ranges a thread: enough that threads of different speed end
-/// together. A thread's ranges are neighbours, so its reads run on from panel to panel.
+/// A matrix unit's work is handed out in this many ranges a thread: enough that threads of
+/// different speed end together, and few, since each range brings its rows into place. Other work
+/// is handed out panel by panel: of a decode's few panels the last one is what threads wait for.
 constexpr int64_t kRangesPerThread = 32;
 
 /// Rows begin .. begin + count - 1 of one group, for every panel.
@@ -42,6 +43,8 @@ struct EvenRows {
 
 std::vector<RowBlock> cut_rows(const GroupedGemmArgs& args, int64_t rows_per_block) {
     std::vector<RowBlock> blocks;
+    blocks.reserve(static_cast<size_t>(std::min<int64_t>(args.num_groups, args.num_rows) +
+                                       args.num_rows / rows_per_block));
     for (int g = 0; g < args.num_groups; ++g) {
         const int64_t begin = args.expert_offsets ? args.expert_offsets[g] : 0;
         const int64_t end = args.expert_offsets ? args.expert_offsets[g + 1] : args.num_rows;
@@ -114,7 +117,8 @@ public:
         const std::vector<RowBlock> blocks = cut_rows(args_, rows_per_block_);
         const int64_t num_panels = layout_.num_panels();
         const int64_t num_units = static_cast<int64_t>(blocks.size()) * num_panels;
-        const int64_t grain = std::max<int64_t>(1, num_units / (kRangesPerThread * num_threads()));
+        const int64_t num_ranges = kRangesPerThread * num_threads();
+        const int64_t grain = has_matrix_unit() ? std::max<int64_t>(1, num_units / num_ranges) : 1;
         parallel_ranges(num_units, grain, [&](int64_t begin, int64_t end) {
             EvenRows rows{};
             for (int64_t unit = begin; unit < end; ++unit) {
