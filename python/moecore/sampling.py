@@ -80,7 +80,7 @@ class RequestSampler:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the next token is that of the largest raw logit, and nothing else is asked."""
-        return self._is_plain and not self.edits_logits
+        return self._is_plain and self._seen is None and self.num_tokens >= self._min_tokens
 
     @property
     def edits_logits(self) -> bool:
@@ -194,9 +194,8 @@ def _with_logprobs(
 def _argmax(logits: Tensor, samplers: list[RequestSampler]) -> list[int]:
     """The first of each row's largest logits. Raises where that is no finite number."""
     token_ids, largest = argmax(logits)
-    finite = list(map(math.isfinite, largest))
-    if not all(finite):
-        row = finite.index(False)
+    if not all(map(math.isfinite, largest)):
+        row = list(map(math.isfinite, largest)).index(False)
         name = samplers[row].request_id
         where = f"row {row}" if name is None else f"request {name!r}"
         rule = "finite or -inf, and one of them finite"

@@ -201,10 +201,14 @@ private:
     void multiply(const RowBlock& block, int64_t panel) const {
         static thread_local Scratch scratch;
         if (args_.bias != nullptr) load_bias(args_, layout_, block.group, panel, scratch.bias);
+        // Of a router of few experts a half is padding, which need not come from memory.
+        const bool is_half = !layout_.gated && layout_.columns_of(panel) <= kPanelColumns / 2;
+        const int columns = is_half ? kPanelColumns / 2 : kPanelColumns;
         if (args_.is_packed) {
             const void* packed = packed_panel(block.group, panel);
             for_each_tile(block, [&](int64_t first, int rows) {
-                multiply_tile(block.begin + first, rows, packed, 0, args_.k_dim, scratch.sums);
+                multiply_tile(block.begin + first, rows, columns, packed, 0, args_.k_dim,
+                              scratch.sums);
                 store(block.begin + first, rows, panel, scratch.sums, scratch.bias);
             });
             return;
@@ -214,7 +218,7 @@ private:
             const int64_t k_count = std::min(kPackedK, args_.k_dim - k);
             pack_panel(table_, layout_, source, panel, k, k_count, scratch.panel);
             for_each_tile(block, [&](int64_t first, int rows) {
-                multiply_tile(block.begin + first, rows, scratch.panel, k, k_count,
+                multiply_tile(block.begin + first, rows, columns, scratch.panel, k, k_count,
                               scratch.sums + first * kPanelColumns);
             });
         }
@@ -238,10 +242,14 @@ private:
         }
     }
 
-    void multiply_tile(int64_t first_row, int num_rows, const void* panel, int64_t k_begin,
-                       int64_t k_count, float* sums) const {
-        GemmTile tile{
-            .rows = {}, .panel = panel, .k_dim = k_count, .sums = sums, .accumulate = k_begin > 0};
+    void multiply_tile(int64_t first_row, int num_rows, int num_columns, const void* panel,
+                       int64_t k_begin, int64_t k_count, float* sums) const {
+        GemmTile tile{.rows = {},
+                      .panel = panel,
+                      .k_dim = k_count,
+                      .sums = sums,
+                      .accumulate = k_begin > 0,
+                      .num_columns = num_columns};
         for (int m = 0; m < num_rows; ++m)
             tile.rows[m] =
                 static_cast<const char*>(input_row(first_row + m)) + k_begin * element_bytes_;
