@@ -186,7 +186,7 @@ class Decoder:
     def forward_decodes(
         self,
         activations: Activations,
-        numbers: Tensor,
+        numbers: bytes,
         num_sequences: int,
         cos_sin: Tensor,
         logits: Tensor,

@@ -225,9 +225,9 @@ std::unique_ptr<Transport> make_peer_transport(PeerOptions options) {
     require(options.hosts != nullptr, "make_peer_transport: hosts must be given, got none");
     require(options.hosts->device().type == DeviceType::kCpu,
             "make_peer_transport: hosts must be a transport of host memory, got one of ",
-            to_string(options.hosts->device()));
+            options.hosts->device());
     require(options.device.type == DeviceType::kCuda,
-            "make_peer_transport: device must be a GPU, got ", to_string(options.device));
+            "make_peer_transport: device must be a GPU, got ", options.device);
     auto transport = std::make_unique<PeerTransport>(std::move(options), "peer");
     transport->meet();
     return transport;
