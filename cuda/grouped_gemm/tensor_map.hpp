@@ -5,7 +5,6 @@
 #include <cudaTypedefs.h>
 
 #include <array>
-#include <bit>
 #include <cstdint>
 
 #include "common/launch.cuh"
@@ -43,10 +42,6 @@ CUtensorMap encode_map(const void* data, const std::array<cuuint64_t, kRank>& si
         throw CudaError(concat("grouped_gemm: cuTensorMapEncodeTiled failed with error ",
                                static_cast<int>(result), " for ", name, " [", n, ", ", k_dim, "]"));
     return map;
-}
-
-inline bool is_multiple_of_16(const void* pointer) {
-    return std::bit_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
 }  // namespace moecore::cuda::sm90

@@ -68,9 +68,10 @@ void groups_of_more_than_two_tiles_take_pairs() {
 }
 
 void row_tiles_that_share_weights_fit_into_the_cache() {
-    expect(row_tiles_in_cache(192, 2048) == 16, "K = 2048: as many as are ever taken");
-    expect(row_tiles_in_cache(192, 7168) == 6, "K = 7168: 2.75 MB each");
-    expect(row_tiles_in_cache(192, 1 << 20) == 1, "a K of which not one fits");
+    constexpr int64_t kCache = 16 << 20;
+    expect(row_tiles_in_cache(192, 2048, kCache) == 16, "K = 2048: as many as are ever taken");
+    expect(row_tiles_in_cache(192, 7168, kCache) == 6, "K = 7168: 2.75 MB each");
+    expect(row_tiles_in_cache(192, 1 << 20, kCache) == 1, "a K of which not one fits");
 }
 
 GemmProblem projection(int64_t num_rows, int64_t n, int64_t k_dim) {
