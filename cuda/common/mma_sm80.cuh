@@ -20,6 +20,20 @@ __device__ inline void copy_async(uint32_t shared, const void* source, bool exis
                  : "memory");
 }
 
+/// The same where `wanted`, without a branch.
+__device__ inline void copy_async_if(bool wanted, uint32_t shared, const void* source,
+                                     bool exists) {
+    const int bytes = exists ? 16 : 0;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.s32 p, %3, 0;\n"
+        "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n"
+        "}" ::"r"(shared),
+        "l"(source), "r"(bytes), "r"(static_cast<int>(wanted))
+        : "memory");
+}
+
 /// Ends a group of copies.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

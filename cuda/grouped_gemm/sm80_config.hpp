@@ -32,7 +32,7 @@ struct TileShape {
 
 /// Weights at memory speed, for a few rows a group: many small blocks, so that one's end overlaps
 /// with another's beginning.
-using Narrow = TileShape<4, 1, 1, 2, 64, 5, 5>;
+using Narrow = TileShape<4, 1, 1, 2, 64, 5, 4>;
 /// The same for up to 64 rows: fewer fragments of rows are loaded for each of weights.
 using Medium = TileShape<4, 1, 2, 4, 64, 3, 3>;
 /// Keeps the tensor cores busy: a warp's tile of 64 x 64 loads least from shared memory, a block's

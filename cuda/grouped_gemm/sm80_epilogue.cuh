@@ -11,6 +11,13 @@
 
 namespace moecore::cuda::sm80 {
 
+/// threadIdx.x, read here: what follows from it shall not wait in registers while sums are made.
+__device__ inline int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 /// Where a warp's sums belong. Its pieces are eight neighbouring columns each: of one half of the
 /// 16 weight rows of a product, gated of both halves.
 template <bool kIsGated, typename Shape>
@@ -18,12 +25,13 @@ struct Place {
     static constexpr int kHalves = kIsGated ? 1 : 2;
     static constexpr int kNumPieces = kHalves * Shape::kWeightTiles;
 
-    __device__ explicit Place(const Tile& tile)
-        : lane(static_cast<int>(threadIdx.x) % kWarpSize),
-          token_warp(static_cast<int>(threadIdx.x) / kWarpSize / Shape::kWeightWarps),
-          first_column((tile.weight_tile * Shape::kWeightWarps +
-                        static_cast<int>(threadIdx.x) / kWarpSize % Shape::kWeightWarps) *
-                       kNumPieces * 8) {}
+    __device__ explicit Place(const Tile& tile) {
+        const int thread = thread_index(), warp = thread / kWarpSize;
+        lane = thread % kWarpSize;
+        token_warp = warp / Shape::kWeightWarps;
+        first_column =
+            (tile.weight_tile * Shape::kWeightWarps + warp % Shape::kWeightWarps) * kNumPieces * 8;
+    }
 
     /// The first row of the tile in eight number `eight`. Warps have 16 rows in turn.
     __device__ int row(int eight) const {

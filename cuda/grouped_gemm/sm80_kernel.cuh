@@ -23,13 +23,13 @@ struct ReadPlace {
     __device__ void advance(int num_stages) { stage = stage + 1 == num_stages ? 0 : stage + 1; }
 };
 
-/// Waits for the next K block and starts to load another into the stage of the one before it.
-/// REQUIRES: this warp has loaded all fragments of that one.
+/// Waits for the next K block and starts to copy another into `used`, the stage of the one before
+/// it. REQUIRES: this warp has loaded all fragments of that one.
 template <typename Shape, typename Load>
-__device__ __forceinline__ void take_block(Load& loader) {
+__device__ __forceinline__ void take_block(Load& loader, int used) {
     wait_for_copies<Shape::kStages - 2>();
     __syncthreads();  // all threads' copies have arrived, and the stage before is used
-    loader.load();
+    loader.copy(used);
     commit_copies();
 }
 
@@ -63,7 +63,7 @@ struct Fragments {
 };
 
 /// sums += this warp's weight rows @ kTokenTiles times 16 rows of input, over all of K. The first K
-/// block has been taken; leaves `place` past the last.
+/// block has been taken; so has, afterwards, that of the next tile.
 template <typename Shape, int kTokenTiles, typename Load>
 __device__ __forceinline__ void multiply(const Params& params, Load& loader, ReadPlace& place,
                                          Sums<Shape>& sums) {
@@ -80,20 +80,21 @@ __device__ __forceinline__ void multiply(const Params& params, Load& loader, Rea
         lane / 8 % 2);
     Fragments<Shape, kTokenTiles> fragments[2];
     fragments[0].load(place.address(params), weight_offset, row_offset, 0);
-    for (int k = 1; k <= params.num_k_blocks; ++k) {
-        // Fragments are on their way while the ones before are multiplied.
+    for (int k = 0; k < params.num_k_blocks; ++k) {
+        // Fragments are on their way while the ones before are multiplied. The last are those of
+        // the next tile, which loads its own.
 #pragma unroll
         for (int step = 0; step < kSteps - 1; ++step) {
             fragments[(step + 1) % 2].load(place.address(params), weight_offset, row_offset,
                                            step + 1);
             fragments[step % 2].multiply(sums);
         }
+        const int used = place.stage;
         place.advance(Shape::kStages);
-        if (k < params.num_k_blocks) {
-            take_block<Shape>(loader);
-            fragments[0].load(place.address(params), weight_offset, row_offset, 0);
-        }
+        take_block<Shape>(loader, used);
+        fragments[0].load(place.address(params), weight_offset, row_offset, 0);
         fragments[1].multiply(sums);
+        loader.advance(place.stage);
     }
 }
 
@@ -147,15 +148,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
     // 1. Fill all stages but one.
     Loader<kActivation != Activation::kNone, Shape> loader(params, shared, shared_address(ring));
     for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
-        loader.load();
+        loader.copy(stage);
         commit_copies();
+        loader.advance(stage + 1);
         __syncthreads();  // the loader's calls are apart
     }
 
     // 2. Tile after tile; the loader is ahead.
     ReadPlace place{shared_address(ring)};
+    take_block<Shape>(loader, Shape::kStages - 1);
+    loader.advance(0);
     while (true) {
-        take_block<Shape>(loader);
         const Tile tile = shared.tile[place.stage];
         if (tile.group < 0) return;
         Sums<Shape> sums = {};

@@ -47,37 +47,54 @@ __device__ uint32_t piece_offset(int row, int piece) {
     return static_cast<uint32_t>((row * kPieces + swizzled) * 16);
 }
 
-/// Fills stages, one K block a call, and knows the tile that it belongs to. Blocks of a tile are
-/// looked up while those of the tile before are copied: first the tile, by one warp, then its rows.
-/// A barrier of the block lies between two calls.
+/// Fills stages, one K block after the other, and knows the tile that each belongs to. The next
+/// tile is looked up while a tile's blocks are copied: first the tile, by one warp, then its rows.
 template <bool kIsGated, typename Shape>
 class Loader {
 public:
     __device__ Loader(const Params& params, Shared<Shape>& shared, uint32_t ring)
-        : params_(params),
-          shared_(shared),
-          ring_(ring),
-          index_(static_cast<int>(blockIdx.x)),
-          k_(params.num_k_blocks) {
+        : params_(params), shared_(shared), ring_(ring), index_(static_cast<int>(blockIdx.x)) {
         if (threadIdx.x < kWarpSize) shared_.walker[threadIdx.x] = Walker(params.grid);
         find();
         __syncthreads();  // the first tile is known
         fetch_slot();
         place_source();
         __syncthreads();  // its rows are, too
+        enter_tile(0);
     }
 
-    /// Starts the copies of the next K block into the next stage. Does nothing after the last tile,
-    /// but for one stage that says so.
-    __device__ void load() {
-        if (is_past_end_) return;
-        if (k_ == params_.num_k_blocks) enter_tile();
-        if (!is_past_end_) {
-            copy();
-            ++k_;
-            look_ahead();
+    /// Starts the copies of a K block into `stage`; after the last tile there are none. No
+    /// branches: products may be issued among the copies. Missing rows are left as they are,
+    /// because no row of output depends on another's input. Pieces past K become zeros.
+    __device__ __forceinline__ void copy(int stage) {
+        const bool exists = k_ * Shape::BLOCK_K + piece() * 8 < params_.args.k_dim;
+        const int ahead = exists ? k_ : 0;
+        const uint32_t target =
+            ring_ + stage * params_.stage_bytes + piece_offset<Shape>(first_row(), piece());
+        const uint8_t* weights = weights_ + ahead * kRowBytes;
+#pragma unroll
+        for (int pass = 0; pass < kWeightPasses; ++pass) {
+            copy_async_if(pass < weight_passes_, target + pass * kRowsPerPass * kRowBytes, weights,
+                          exists);
+            weights += params_.weight_step;
         }
-        if (++stage_ == Shape::kStages) stage_ = 0;
+        const auto* input = static_cast<const uint4*>(params_.args.input);
+        const uint32_t* source = shared_.source[parity_];
+        const uint32_t within = exists ? ahead * kPieces + piece() : 0;
+#pragma unroll
+        for (int pass = 0; pass < kTokenPasses; ++pass) {
+            const int row = first_row() + pass * kRowsPerPass;
+            copy_async_if(row < num_rows_,
+                          target + (Shape::kWeightRows + pass * kRowsPerPass) * kRowBytes,
+                          input + (source[row] + within), exists);
+        }
+    }
+
+    /// To the next block, which goes to `stage`. A barrier of the thread block lies between two
+    /// calls.
+    __device__ __forceinline__ void advance(int stage) {
+        ++k_;
+        if (k_ == 1 || params_.num_k_blocks - k_ <= 3) look_ahead(stage);
     }
 
 private:
@@ -92,14 +109,16 @@ private:
     __device__ int piece() const { return static_cast<int>(threadIdx.x) % kPieces; }
     __device__ int first_row() const { return static_cast<int>(threadIdx.x) / kPieces; }
 
-    __device__ void enter_tile() {
+    /// After the last tile, to a stage that says so.
+    __device__ void enter_tile(int stage) {
         const Tile tile = shared_.upcoming;
-        if (threadIdx.x == 0) shared_.tile[stage_] = tile;
-        is_past_end_ = tile.group < 0;
-        if (is_past_end_) return;
+        if (threadIdx.x == 0) shared_.tile[stage] = tile;
         k_ = 0;
         parity_ ^= 1;
-        num_rows_ = tile.num_rows;
+        is_past_end_ = tile.group < 0;
+        num_rows_ = is_past_end_ ? 0 : tile.num_rows;
+        weight_passes_ = 0;
+        if (is_past_end_) return;
 
         // Rows of a gated tile: eight of gate and the same eight of up take turns, whatever their
         // order in memory, so that both sums of a feature reach one thread.
@@ -121,42 +140,20 @@ private:
         weights_ = static_cast<const uint8_t*>(args.weights) + 2 * offset + 16 * piece();
     }
 
-    /// Missing rows are left as they are, because no row of output depends on another's input.
-    /// Pieces past K become zeros.
-    __device__ void copy() const {
-        const bool exists = k_ * Shape::BLOCK_K + piece() * 8 < params_.args.k_dim;
-        const int ahead = exists ? k_ * kRowBytes : 0;
-        const uint32_t target =
-            ring_ + stage_ * params_.stage_bytes + piece_offset<Shape>(first_row(), piece());
-#pragma unroll
-        for (int pass = 0; pass < kWeightPasses; ++pass) {
-            if (pass >= weight_passes_) break;
-            copy_async(target + pass * kRowsPerPass * kRowBytes,
-                       weights_ + pass * params_.weight_step + ahead, exists);
-        }
-        const auto* input = static_cast<const uint4*>(params_.args.input);
-        const uint32_t* source = shared_.source[parity_];
-        const uint32_t within = exists ? ahead / 16 + piece() : 0;
-#pragma unroll
-        for (int pass = 0; pass < kTokenPasses; ++pass) {
-            const int row = first_row() + pass * kRowsPerPass;
-            if (row >= num_rows_) break;
-            copy_async(target + (Shape::kWeightRows + pass * kRowsPerPass) * kRowBytes,
-                       input + (source[row] + within), exists);
-        }
-    }
-
     /// One step in each call, so that nobody waits for memory; of a short tile, all in the last.
-    __device__ void look_ahead() {
+    __device__ void look_ahead(int stage) {
+        if (is_past_end_) return;
         const int left = params_.num_k_blocks - k_;
-        const bool is_short = params_.num_k_blocks < 4;
+        const bool is_short = params_.num_k_blocks < 5;
         const bool is_last = left == 0;
         if (is_short ? is_last : k_ == 1) claim();
         if (is_short && is_last) __syncthreads();  // everybody has entered this tile
-        if (is_short ? is_last : left == 2) find();
+        if (is_short ? is_last : left == 3) find();
         if (is_short && is_last) __syncthreads();  // the next tile is known
-        if (is_short ? is_last : left == 1) fetch_slot();
-        if (is_last) place_source();
+        if (is_short ? is_last : left == 2) fetch_slot();
+        if (is_short ? is_last : left == 1) place_source();
+        if (is_short && is_last) __syncthreads();  // its rows are, too
+        if (is_last) enter_tile(stage);
     }
     __device__ void claim() {
         if (!params_.claims_tiles)
@@ -199,8 +196,7 @@ private:
     uint32_t ring_;
     int index_;      ///< of the tile that is looked up, in the first warp
     int slot_ = -1;  ///< of this thread's row of that tile
-    int stage_ = 0;
-    int k_;  ///< the next K block
+    int k_ = 0;      ///< the next K block
     int parity_ = 0;
     int num_rows_ = 0;
     int weight_passes_ = 0;  ///< with weight rows that exist
