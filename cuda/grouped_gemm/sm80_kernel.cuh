@@ -94,7 +94,7 @@ __device__ __forceinline__ void multiply(const Params& params, Load& loader, Rea
         take_block<Shape>(loader, used);
         fragments[0].load(place.address(params), weight_offset, row_offset, 0);
         fragments[1].multiply(sums);
-        loader.advance(place.stage);
+        loader.advance(used);
     }
 }
 
@@ -150,14 +150,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
     for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
         loader.copy(stage);
         commit_copies();
-        loader.advance(stage + 1);
+        loader.advance(stage);
         __syncthreads();  // the loader's calls are apart
     }
 
     // 2. Tile after tile; the loader is ahead.
     ReadPlace place{shared_address(ring)};
     take_block<Shape>(loader, Shape::kStages - 1);
-    loader.advance(0);
+    loader.advance(Shape::kStages - 1);
     while (true) {
         const Tile tile = shared.tile[place.stage];
         if (tile.group < 0) return;

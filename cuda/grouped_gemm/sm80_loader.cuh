@@ -60,7 +60,7 @@ public:
         fetch_slot();
         place_source();
         __syncthreads();  // its rows are, too
-        enter_tile(0);
+        enter_tile();
     }
 
     /// Starts the copies of a K block into `stage`; after the last tile there are none. No
@@ -90,8 +90,8 @@ public:
         }
     }
 
-    /// To the next block, which goes to `stage`. A barrier of the thread block lies between two
-    /// calls.
+    /// To the next block, after one that went to `stage`. A barrier of the thread block lies
+    /// between two calls.
     __device__ __forceinline__ void advance(int stage) {
         ++k_;
         if (k_ == 1 || params_.num_k_blocks - k_ <= 3) look_ahead(stage);
@@ -109,10 +109,8 @@ private:
     __device__ int piece() const { return static_cast<int>(threadIdx.x) % kPieces; }
     __device__ int first_row() const { return static_cast<int>(threadIdx.x) / kPieces; }
 
-    /// After the last tile, to a stage that says so.
-    __device__ void enter_tile(int stage) {
+    __device__ void enter_tile() {
         const Tile tile = shared_.upcoming;
-        if (threadIdx.x == 0) shared_.tile[stage] = tile;
         k_ = 0;
         parity_ ^= 1;
         is_past_end_ = tile.group < 0;
@@ -142,6 +140,8 @@ private:
 
     /// One step in each call, so that nobody waits for memory; of a short tile, all in the last.
     __device__ void look_ahead(int stage) {
+        // Not before: until this block was copied, products might not have read the stage's last.
+        if (k_ == 1 && threadIdx.x == 0) shared_.tile[stage] = shared_.upcoming;
         if (is_past_end_) return;
         const int left = params_.num_k_blocks - k_;
         const bool is_short = params_.num_k_blocks < 5;
@@ -153,7 +153,7 @@ private:
         if (is_short ? is_last : left == 2) fetch_slot();
         if (is_short ? is_last : left == 1) place_source();
         if (is_short && is_last) __syncthreads();  // its rows are, too
-        if (is_last) enter_tile(stage);
+        if (is_last) enter_tile();
     }
     __device__ void claim() {
         if (!params_.claims_tiles)
