@@ -30,11 +30,11 @@ struct TileShape {
     static constexpr int ring_bytes(int max_tokens) { return kStages * stage_bytes(max_tokens); }
 };
 
-/// Weights at memory speed, for a few rows a group: many small blocks, so that one's end overlaps
-/// with another's beginning.
-using Narrow = TileShape<4, 1, 1, 2, 64, 5, 4>;
+/// Weights at memory speed, for a few rows a group: 56 KiB of them on their way to each block, since
+/// few tiles may give a multiprocessor one block only.
+using Narrow = TileShape<4, 1, 1, 2, 64, 8, 2>;
 /// The same for up to 64 rows: fewer fragments of rows are loaded for each of weights.
-using Medium = TileShape<4, 1, 2, 4, 64, 3, 3>;
+using Medium = TileShape<4, 1, 2, 4, 64, 4, 2>;
 /// Keeps the tensor cores busy: a warp's tile of 64 x 64 loads least from shared memory, a block's
 /// of 256 x 128 from L2.
 using Wide = TileShape<4, 2, 4, 4, 32, 4, 1>;
