@@ -330,10 +330,10 @@ int main(int argc, char** argv) {
         Bench bench(*shape, options, link);
         Report report(options.json, {"shape", "ranks", "T", "groups", "full_us", "echo_us",
                                      "exposed_us", "share", "serial_us", "plan_us", "correct"});
-        report.note(
-            "emulated link, no measurement of one: " + format(link.link.gbps, 1) + " GB/s, " +
-            format(link.link.us, 0) + " us, " +
-            (link.link.blocks == 0 ? "no blocks" : std::to_string(link.link.blocks) + " blocks"));
+        report.note("emulated link, no measurement of one: " + format(link.link.gbps, 1) +
+                    " GB/s, " + format(link.link.us, 0) + " us, " +
+                    (link.link.blocks == 0 ? "copy engines"
+                                           : std::to_string(link.link.blocks) + " blocks"));
         for (const int64_t tokens : options.tokens) bench.run(tokens, report);
     } catch (const std::exception& error) {
         fail(error.what());

@@ -17,7 +17,8 @@ public:
     enum class Mode : uint8_t {
         kRecord,  ///< the group's own exchange, remembered
         kEcho,    ///< the answers of hosts at once; no row moves, those recorded are in place
-        kLink,  ///< the answers of hosts at once; rows arrive from local memory at the link's pace
+        kLink,  ///< the answers of hosts at once; rows arrive at the link's pace: copied from local
+                ///< memory, or, with no blocks that copy, those recorded are in place
     };
 
     EmulatedLink(Transport& inner, const Link& link) : inner_(inner), link_(link) {}

@@ -48,11 +48,14 @@ private:
 /// A link as it is emulated: a transfer takes `us` plus its bytes over `gbps`.
 struct Link {
     double gbps = 0, us = 0;
-    int blocks = 0;  ///< that move the rows, as NCCL's do, with a multiprocessor each; or none
+    int blocks = 0;  ///< that move the rows, as NCCL's do, with a multiprocessor each; none:
+                     ///< copy engines do, which take nothing from kernels
 };
 
-/// Copies and keeps `stream` busy for `us` microseconds from the copy's begin, by `blocks` blocks
-/// that spread it over that time, or by cudaMemcpyAsync and one warp that waits.
+/// Keeps `stream` busy for `us` microseconds. `blocks` blocks copy meanwhile, spread over that
+/// time. Without, only the host waits, a few us more, and REQUIRES what is to arrive to be in
+/// place: neither a copy within one GPU nor a kernel that waits would leave the multiprocessors
+/// alone.
 void paced_copy(void* target, const void* source, size_t bytes, double us, int blocks,
                 Stream stream);
 

@@ -6,33 +6,15 @@
 
 #include "moecore/kernels/peer_memory.hpp"
 
-#include <cuda.h>
-#include <cudaTypedefs.h>
-
 #include <cstring>
 
-#include "common/launch.cuh"
+#include "common/driver.hpp"
 #include "moecore/kernels/memory.hpp"
 
 namespace moecore::cuda {
-namespace {
-
-/// The driver's cuMemGetAddressRange, found through the runtime: nothing links to the driver.
-PFN_cuMemGetAddressRange_v3020 find_address_range() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &function, 12000,
-                                           cudaEnableDefault, &found),
-          "cudaGetDriverEntryPointByVersion");
-    if (found != cudaDriverEntryPointSuccess || function == nullptr)
-        throw CudaError("the driver has no cuMemGetAddressRange");
-    return reinterpret_cast<PFN_cuMemGetAddressRange_v3020>(function);
-}
-
-}  // namespace
-
 ExportedMemory export_memory(const void* data) {
-    static const PFN_cuMemGetAddressRange_v3020 address_range = find_address_range();
+    static const PFN_cuMemGetAddressRange_v3020 address_range =
+        find_in_driver<PFN_cuMemGetAddressRange_v3020>("cuMemGetAddressRange");
     const auto address = reinterpret_cast<CUdeviceptr>(data);
     CUdeviceptr start = 0;
     size_t bytes = 0;

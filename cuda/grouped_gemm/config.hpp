@@ -11,6 +11,7 @@ namespace moecore::cuda {
 
 enum class GemmKernel : uint8_t {
     kSimple,  ///< any size, stride and dtype, no tensor cores
+    kSlim,    ///< 64 weight rows x up to 32 rows: where that gives more multiprocessors a share
     kNarrow,  ///< 128 weight rows x up to 64 rows: reads weights at memory speed
     kWide,    ///< 256 weight rows x up to 192 rows: keeps the tensor cores busy
     kPair,  ///< two wide tiles with the same weights, read from L2 once: for groups of two and more
@@ -34,11 +35,14 @@ struct GemmConfig {
 
 /// Shared memory of one block of `kernel` that its stages may fill.
 constexpr int64_t ring_bytes(GemmKernel kernel) {
-    return kernel == GemmKernel::kNarrow ? 113664 : 229376;
+    return kernel == GemmKernel::kSlim || kernel == GemmKernel::kNarrow ? 113664 : 229376;
 }
 
 /// Weight rows of a tile.
-constexpr int weight_rows(GemmKernel kernel) { return kernel == GemmKernel::kNarrow ? 128 : 256; }
+constexpr int weight_rows(GemmKernel kernel) {
+    if (kernel == GemmKernel::kSlim) return 64;
+    return kernel == GemmKernel::kNarrow ? 128 : 256;
+}
 
 /// As many stages as fit, up to 12.
 constexpr GemmConfig with_stages(GemmKernel kernel, int max_tokens, int sharing) {
@@ -62,14 +66,25 @@ constexpr int64_t likely_rows(const GemmProblem& problem) {
     return std::min(problem.num_rows, mean + 3 * deviation);
 }
 
+/// Whether slim tiles of every group that may have rows run at the same time, two to a
+/// multiprocessor. Then they spread the weights better than half as many tiles; else the second
+/// wave costs more than that. One group has the thin kernel.
+constexpr bool slim_is_better(const GemmProblem& problem) {
+    const int64_t rows = weight_rows(GemmKernel::kSlim);
+    const int64_t tiles =
+        (problem.n + rows - 1) / rows * std::min(problem.num_rows, problem.num_groups);
+    return problem.num_groups > 1 && tiles <= 2 * problem.num_multiprocessors;
+}
+
 /// Tiles for a problem that the sm_90a kernels can take. Rows are taken to be spread evenly: a
 /// group with more rows than `max_tokens` costs time, not correctness.
 constexpr GemmConfig choose_config(const GemmProblem& problem) {
     constexpr int64_t kCacheBytes = 16 << 20;  // of an H100's 50 MB, of which a half is near
     const int64_t likely = likely_rows(problem);
     if (likely <= 64) {
-        const int max_tokens = static_cast<int>((likely + 7) / 8 * 8);
-        return with_stages(GemmKernel::kNarrow, std::max(max_tokens, 8), 16);
+        const int max_tokens = std::max(static_cast<int>((likely + 7) / 8 * 8), 8);
+        const bool is_slim = max_tokens <= 32 && slim_is_better(problem);
+        return with_stages(is_slim ? GemmKernel::kSlim : GemmKernel::kNarrow, max_tokens, 16);
     }
     // Multiples of 32: the copy engine brings so many rows at a time.
     const int max_tokens = static_cast<int>(std::clamp<int64_t>((likely + 31) / 32 * 32, 96, 192));

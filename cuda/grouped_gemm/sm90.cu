@@ -21,6 +21,7 @@
 namespace moecore::cuda::sm90 {
 namespace {
 
+using Slim = TileShape<1, 1, 32, 8, 4, 2, 1>;
 using Narrow = TileShape<2, 1, 64, 8, 4, 2, 1>;
 using Wide = TileShape<2, 2, 192, 16, 1, 1, 1>;
 using Pair = TileShape<2, 2, 192, 16, 1, 1, 2>;
@@ -68,8 +69,9 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
     // Weights that are read once come at the memory's speed, and need every stage they can get.
     constexpr int kShortProducts = 32;  // rows
     params.frees_early = !params.are_weights_shared && config.max_tokens > kShortProducts;
-    params.copies_rows = config.kernel != GemmKernel::kNarrow && args.sorted_slots == nullptr &&
-                         config.max_tokens % kBoxRows == 0;
+    params.copies_rows =
+        Shape::kBlocks > 1 && args.sorted_slots == nullptr && config.max_tokens % kBoxRows == 0;
+    params.begins_early = Shape::kCluster == 1 && args.settled != Settled::kNothing;
     params.grid.expert_offsets = args.expert_offsets;
     params.grid.num_groups = args.num_groups;
     params.grid.num_rows = static_cast<int>(args.num_rows);
@@ -120,6 +122,7 @@ void launch_shape(const GroupedGemmArgs& args, const GemmConfig& config, Stream 
 void grouped_gemm(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream) {
     if (config.kernel == GemmKernel::kPair) return launch_shape<Pair>(args, config, stream);
     if (config.kernel == GemmKernel::kWide) return launch_shape<Wide>(args, config, stream);
+    if (config.kernel == GemmKernel::kSlim) return launch_shape<Slim>(args, config, stream);
     return launch_shape<Narrow>(args, config, stream);
 }
 

@@ -89,7 +89,8 @@ __device__ void consume(const Params& params, Stage stage, int consumer) {
     while (true) {
         // 1. The next tile.
         stage.wait_full();
-        const Tile tile = stage.tile();
+        const Tile tile = stage.template tile<Shape::kCluster>();
+        __syncwarp();  // all lanes have read it before one gives the stage back
         if (tile.group < 0) return;
         const Place<kIsGated, Shape> place(tile, consumer);
         if (place.first_column >= (kIsGated ? args.n / 2 : args.n)) {
@@ -165,8 +166,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
         cluster_sync();  // barriers exist, in every block
     else
         __syncthreads();  // barriers exist
-    wait_for_predecessors();
-    allow_dependents();
+    const bool waits_itself = params.begins_early && warp == 0;
+    if (!waits_itself) {
+        wait_for_predecessors();
+        allow_dependents();
+    }
 
     // 2. Every warpgroup keeps its role to the end.
     constexpr bool kMovesRegisters =

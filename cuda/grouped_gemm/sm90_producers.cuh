@@ -11,6 +11,8 @@ namespace moecore::cuda::sm90 {
 
 /// Loads boxes of weights, and of rows with copies_rows, and tells consumers which tile a stage
 /// begins. The last box of rows may reach past the tile; what it brings is multiplied, not stored.
+/// With begins_early the ring fills with the first tile's weights before the kernel ahead has
+/// ended.
 template <bool kIsGated, typename Shape>
 __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
                               const CUtensorMap& rows_map, Stage stage, ClaimQueue& claims) {
@@ -23,31 +25,46 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
     const int num_clusters = static_cast<int>(gridDim.x) / Shape::kCluster;
     const int rank = Shape::kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
     constexpr int kPartBytes = Shape::kWeightBytes / Shape::kCluster;
-    Tile tile;
+    Tile tile{};
+    const auto copy_weights = [&](const Stage& to, int k, int row_boxes) {
+        // Rows of a box come in eights; gated: eight of gate, the same eight of up.
+        constexpr int kEights = Shape::kWeightRows / (kIsGated ? 16 : 8);
+        const int eights = tile.weight_tile * kEights + rank * (kEights / Shape::kCluster);
+        if (k == 0) to.template tile<Shape::kCluster>() = tile;
+        ptx::barrier_arrive_expect(to.full(), Shape::kWeightBytes + row_boxes * kBoxBytes);
+        const int box[5] = {k * BLOCK_K, 0, kIsGated ? 0 : eights, kIsGated ? eights : 0,
+                            tile.group};
+        if constexpr (Shape::kCluster > 1)
+            ptx::copy_box_to((1u << Shape::kCluster) - 1, to.weights() + rank * kPartBytes, map,
+                             box, to.full(), keep);
+        else
+            ptx::copy_box(to.weights(), map, box, to.full(), keep);
+    };
+    // Pairs have long to run, and no registers for this.
+    bool must_wait = Shape::kCluster == 1 && params.begins_early;
     int index = static_cast<int>(blockIdx.x) / Shape::kCluster;
     while (walker.find(params.grid, index, tile)) {
         index += num_clusters;
         if (is_leader) {
-            // Rows of a box come in eights; gated: eight of gate, the same eight of up.
-            constexpr int kEights = Shape::kWeightRows / (kIsGated ? 16 : 8);
-            const int eights = tile.weight_tile * kEights + rank * (kEights / Shape::kCluster);
             const int row_boxes = params.copies_rows ? ceil_div(tile.num_rows, kBoxRows) : 0;
+            int num_ahead = 0;  // K blocks whose weights are on their way
+            if (must_wait) {
+                Stage ahead = stage;
+                for (; num_ahead < min(params.num_stages, params.num_k_blocks); ++num_ahead) {
+                    copy_weights(ahead, num_ahead, row_boxes);
+                    ahead.advance();
+                }
+                wait_for_predecessors();
+                must_wait = false;
+            }
             for (int k = 0; k < params.num_k_blocks; ++k) {
                 // The answer to a claim comes while the ring still has work.
                 if (params.claims_tiles && rank == 0 && k == params.num_k_blocks - 1)
                     index = claim_tile(params.args.work_counters, num_clusters);
-                stage.template wait_all_empty<Shape::kCluster>();
-                if (k == 0) stage.tile() = tile;
-                ptx::barrier_arrive_expect(stage.full(),
-                                           Shape::kWeightBytes + row_boxes * kBoxBytes);
-                const int box[5] = {k * BLOCK_K, 0, kIsGated ? 0 : eights, kIsGated ? eights : 0,
-                                    tile.group};
-                if constexpr (Shape::kCluster > 1)
-                    ptx::copy_box_to((1u << Shape::kCluster) - 1,
-                                     stage.weights() + rank * kPartBytes, map, box, stage.full(),
-                                     keep);
-                else
-                    ptx::copy_box(stage.weights(), map, box, stage.full(), keep);
+                if (k >= num_ahead) {
+                    stage.template wait_all_empty<Shape::kCluster>();
+                    copy_weights(stage, k, row_boxes);
+                }
                 for (int i = 0; i < row_boxes; ++i) {
                     const int rows[2] = {k * BLOCK_K, tile.first_row + i * kBoxRows};
                     ptx::copy_box(stage.weights() + Shape::kWeightBytes + i * kBoxBytes, rows_map,
@@ -62,9 +79,10 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
             index = rank == 0 ? __shfl_sync(0xffffffffu, index, 0) : claim.take();
     }
     if (is_leader) {
+        if (must_wait) wait_for_predecessors();
         if (params.claims_tiles) end_claims(params.args.work_counters);
-        stage.wait_empty();
-        stage.tile() = tile;  // there are no more
+        stage.template wait_all_empty<Shape::kCluster>();
+        stage.template tile<Shape::kCluster>() = tile;  // there are no more
         ptx::barrier_arrive(stage.full());
     }
     __syncwarp();

@@ -19,6 +19,7 @@ constexpr int kRowBytes = 2 * BLOCK_K;  ///< of a stage: 128 bytes, the width of
 constexpr int kGatherWarps = 3;         ///< of the producers; the fourth loads weights
 constexpr int kGatherThreads = kGatherWarps * kWarpSize;
 constexpr int kMaxStages = 12;
+constexpr int kMostClusterBlocks = 2;
 constexpr int kRingAlignment = 1024;  ///< of the swizzle
 constexpr int kBoxRows = 32;          ///< of input that the copy engine brings at a time
 
@@ -52,6 +53,7 @@ struct Params {
     bool copies_rows;         ///< by the copy engine, kBoxRows at a time: they lie side by side
     bool frees_early;         ///< a stage before the next one's products are issued, not after
     bool claims_tiles;        ///< through args.work_counters
+    bool begins_early;        ///< weights and offsets may be read before the kernel ahead has ended
 };
 
 /// Barriers and tiles of the stages.
@@ -59,7 +61,9 @@ struct RingState {
     uint64_t full[kMaxStages];   ///< data has arrived: one arrival of copies, one a gather thread
     uint64_t empty[kMaxStages];  ///< data is used: one arrival a consumer warp
     uint64_t empty_there[kMaxStages];  ///< in the cluster's other blocks: one of each warp
-    Tile tile[kMaxStages];             ///< of a stage that begins a tile
+    /// Of a stage that begins a tile. Each block of a cluster has a row of its own: racecheck takes
+    /// the same address in two of them for one.
+    Tile tile[kMostClusterBlocks][kMaxStages];
     ClaimQueue claims;
 };
 
@@ -92,7 +96,11 @@ public:
     }
     __device__ int index() const { return index_; }
     __device__ uint32_t weights() const { return ring_ + index_ * params_.stage_bytes; }
-    __device__ Tile& tile() const { return state_.tile[index_]; }
+    template <int kCluster>
+    __device__ Tile& tile() const {
+        if constexpr (kCluster > 1) return state_.tile[cluster_rank()][index_];
+        return state_.tile[0][index_];
+    }
     __device__ uint32_t full() const { return ptx::shared_address(&state_.full[index_]); }
     /// Consumers, one thread a warp: data of stage `index` is used. Whoever of the cluster loads
     /// weights waits for that of all its blocks.

@@ -2,26 +2,12 @@
 
 // A tensor as Hopper's copy engine sees it.
 
-#include <cudaTypedefs.h>
-
 #include <array>
 #include <cstdint>
 
-#include "common/launch.cuh"
+#include "common/driver.hpp"
 
 namespace moecore::cuda::sm90 {
-
-/// The driver's cuTensorMapEncodeTiled, found through the runtime: nothing links to the driver.
-inline PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                           cudaEnableDefault, &found),
-          "cudaGetDriverEntryPointByVersion");
-    if (found != cudaDriverEntryPointSuccess || function == nullptr)
-        throw CudaError("grouped_gemm: the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
 
 /// A bfloat16 tensor as the copy engine sees it, swizzled for wgmma; zeros lie around it.
 template <size_t kRank>
@@ -29,7 +15,8 @@ CUtensorMap encode_map(const void* data, const std::array<cuuint64_t, kRank>& si
                        const std::array<cuuint64_t, kRank - 1>& strides,
                        const std::array<cuuint32_t, kRank>& box, const char* name, int64_t n,
                        int64_t k_dim) {
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
+    static const PFN_cuTensorMapEncodeTiled_v12000 encode =
+        find_in_driver<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled");
     std::array<cuuint32_t, kRank> steps;
     steps.fill(1);
     CUtensorMap map{};

@@ -24,9 +24,9 @@ void every_choice_fits_into_shared_memory() {
         for (int64_t num_rows = 1; num_rows <= int64_t{1} << 20; num_rows += 1 + num_rows / 7) {
             const std::string problem = concat(num_rows, " rows of ", num_groups, " groups");
             const GemmConfig config = choose(num_rows, num_groups);
-            const bool is_wide = config.kernel != GemmKernel::kNarrow;
+            const bool is_wide = weight_rows(config.kernel) == 256;
             expect(config.kernel != GemmKernel::kSimple, problem);
-            const int most = is_wide ? 192 : 64;
+            const int most = is_wide ? 192 : config.kernel == GemmKernel::kSlim ? 32 : 64;
             expect(config.max_tokens >= 8 && config.max_tokens <= most, problem);
             expect(config.max_tokens % (is_wide ? 16 : 8) == 0, problem);
             expect(config.num_stages >= 3 && config.num_stages <= 12, problem);
@@ -54,11 +54,29 @@ void real_models_decode_narrow_and_prefill_wide() {
         int64_t num_experts, top_k;
     };
     for (const Model& model : {Model{8, 2}, Model{128, 8}, Model{256, 8}, Model{32, 4}}) {
-        expect(choose(model.top_k, model.num_experts).kernel == GemmKernel::kNarrow, "T = 1");
-        expect(choose(32 * model.top_k, model.num_experts).kernel == GemmKernel::kNarrow, "T = 32");
+        for (const int64_t num_tokens : {1, 32}) {
+            const GemmConfig decode = choose(num_tokens * model.top_k, model.num_experts);
+            expect(weight_rows(decode.kernel) <= 128, concat("T = ", num_tokens));
+        }
         const GemmConfig prefill = choose(4096 * model.top_k, model.num_experts);
-        expect(prefill.kernel != GemmKernel::kNarrow && prefill.max_tokens >= 160, "T = 4096");
+        expect(weight_rows(prefill.kernel) == 256 && prefill.max_tokens >= 160, "T = 4096");
     }
+}
+
+void tiles_are_slim_where_that_spreads_the_weights() {
+    const auto kernel = [](int64_t num_rows, int64_t num_groups, int64_t n) {
+        return choose_config({.num_rows = num_rows,
+                              .num_groups = num_groups,
+                              .n = n,
+                              .k_dim = 2048,
+                              .is_gated = false,
+                              .num_multiprocessors = 132})
+            .kernel;
+    };
+    expect(kernel(2, 8, 4096) == GemmKernel::kSlim, "64 tiles of 128 rows leave 68 idle");
+    expect(kernel(4, 32, 4224) == GemmKernel::kSlim, "264 slim tiles are two for each");
+    expect(kernel(4, 32, 4232) == GemmKernel::kNarrow, "four slim tiles more need a second wave");
+    expect(kernel(33, 1, 4096) == GemmKernel::kNarrow, "more rows than a slim tile holds");
 }
 
 void groups_of_more_than_two_tiles_take_pairs() {
@@ -171,6 +189,8 @@ void sm80_decodes_narrow_and_prefills_wide() {
 void add_gemm_config_tests(std::vector<Test>& tests) {
     tests.push_back({"gemm_config: every choice fits into shared memory",
                      every_choice_fits_into_shared_memory});
+    tests.push_back({"gemm_config: tiles are slim where that spreads the weights",
+                     tiles_are_slim_where_that_spreads_the_weights});
     tests.push_back(
         {"gemm_config: more rows never take a smaller tile", more_rows_never_take_a_smaller_tile});
     tests.push_back({"gemm_config: groups of more than two tiles take pairs",

@@ -65,10 +65,10 @@ struct GroupedGemmWeights {
 /// sorted_slots    [>= R] int32, or absent
 /// output          [>= R, N], or [>= R, N / 2] if gated; float32 or bfloat16, rows contiguous
 /// work_counters   [>= 2] int32 zeros, or absent. On CUDA they let blocks take tiles in the order
-/// in
-///                 which they get free, instead of every n-th: the same bits, and less memory
-///                 traffic where there are many rows. They are zeros again afterwards, so that one
-///                 call at a time may use them.
+///                 they get free in, instead of every n-th: the same bits, and less memory traffic
+///                 where there are many rows. They are zeros again afterwards, so that one call at
+///                 a time may use them.
+/// settled         kWeights: weights and expert_offsets both are
 /// Throws InvalidArgument if a shape, dtype, stride or device is not as above, an offset or slot
 /// points outside its tensor (checked on the CPU), or output overlaps an input. On CUDA, where the
 /// host never sees them, offsets are kept within the rows of the tensors and a slot outside the
@@ -78,7 +78,7 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const TensorView& bias, const TensorView& expert_offsets,
                   const TensorView& sorted_slots, int slots_per_token,
                   const GroupedGemmConfig& config, const TensorView& output, Stream stream = {},
-                  const TensorView& work_counters = {});
+                  const TensorView& work_counters = {}, Settled settled = Settled::kNothing);
 
 /// output = input @ weight.T + bias: grouped_gemm with one group over every row of `input`. Use it
 /// where a row's bits must not depend on the batch.

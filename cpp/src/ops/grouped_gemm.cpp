@@ -156,7 +156,7 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const TensorView& bias, const TensorView& expert_offsets,
                   const TensorView& sorted_slots, int slots_per_token,
                   const GroupedGemmConfig& config, const TensorView& output, Stream stream,
-                  const TensorView& work_counters) {
+                  const TensorView& work_counters, Settled settled) {
     const Check check("grouped_gemm");
     WeightSizes sizes{};
     GroupedGemmArgs args = build_args(check, input, "weights", weights, config, output, sizes);
@@ -193,6 +193,7 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
     args.expert_offsets = expert_offsets.as<int64_t>();
     args.num_rows =
         std::min(args.num_rows, sorted_slots.defined() ? sorted_slots.shape[0] : input.shape[0]);
+    args.settled = settled;
     run(args, input.device, stream);
 }
 

@@ -138,7 +138,7 @@ void run_all_gather(EpResources& resources, const ExpertParallel::Call& call, Fi
                      t.expert_offsets, t.sorted_slots, config.routing.top_k, config.activation,
                      t.inner, stream, shape.workspace.counters());
         grouped_gemm(t.inner, call.weights.down, call.weights.down_bias, t.expert_offsets, {}, 1,
-                     {}, t.rows, stream, shape.workspace.counters());
+                     {}, t.rows, stream, shape.workspace.counters(), Settled::kWeights);
     });
     timeline.span("return", kWhole, Lane::kCommunication, stream, [&] {
         gather_rows(t.rows, t.slot_to_row, t.results, stream);

@@ -19,7 +19,8 @@ struct EpResources {
     PlanStorage plan_storage;
     DevicePlanStorage device_plan;
     std::unique_ptr<CommLane> inline_lane = make_inline_lane();
-    std::unique_ptr<CommLane> side_lane;  ///< made when a call first overlaps
+    std::unique_ptr<CommLane> side_lane;          ///< made when a call first overlaps
+    std::unique_ptr<SecondStream> second_stream;  ///< made when a call on a GPU first has groups
 
     explicit EpResources(Transport& transport)
         : transport(transport), workspace(transport.device(), 0), device_plan(transport.device()) {}

@@ -182,12 +182,15 @@ void MoELayer::forward_routed(const TensorView& hidden_states, const TensorView&
 }
 
 bool MoELayer::gathers_first(int64_t num_slots, Device device) const {
-    // From about so many rows an expert on, Hopper's tiles are wide, and its copy engine brings
-    // rows that lie side by side faster than threads gather them, by about a twelfth of the GEMM.
-    // The GEMM has 4 * inner flops for each element that a gather moves; it pays from about here.
-    constexpr int64_t kRowsOfExpert = 48, kInner = 2048;
-    return device.type == DeviceType::kCuda && config_.intermediate_size >= kInner &&
-           num_slots >= kRowsOfExpert * config_.num_local_experts;
+    // Hopper's copy engine brings rows that lie side by side faster than threads gather them, by
+    // about a twelfth of the GEMM where that computes as fast as it can. The GEMM has 4 * inner
+    // flops for each element that a gather moves: wide experts gain from about 48 rows on, where
+    // tiles are wide, others only with many.
+    constexpr int64_t kWide = 4096, kInner = 2048;
+    const int64_t inner = config_.intermediate_size;
+    if (device.type != DeviceType::kCuda || inner < kInner) return false;
+    const int64_t rows_of_expert = inner >= kWide ? 48 : 384;
+    return num_slots >= rows_of_expert * config_.num_local_experts;
 }
 
 MoELayer::SortedSlots MoELayer::take_sorted(int64_t num_slots, Workspace& workspace) const {
@@ -217,8 +220,9 @@ void MoELayer::run_experts(const TensorView& hidden_states, const SortedSlots& s
         grouped_gemm(hidden_states, weights_.gate_up, weights_.gate_up_bias, sorted.expert_offsets,
                      sorted.slots, top_k, config_.activation, inner, stream, counters);
     }
+    // Nothing but the GEMM before it may still run, and that writes neither weights nor offsets.
     grouped_gemm(inner, weights_.down, weights_.down_bias, sorted.expert_offsets, {}, 1, {}, rows,
-                 stream, counters);
+                 stream, counters, Settled::kWeights);
 
     // 2. The shared expert, then every token's sum.
     TensorView shared_scale;
