@@ -30,8 +30,8 @@ struct TileShape {
     static constexpr int ring_bytes(int max_tokens) { return kStages * stage_bytes(max_tokens); }
 };
 
-/// Weights at memory speed, for a few rows a group: 56 KiB of them on their way to each block, since
-/// few tiles may give a multiprocessor one block only.
+/// Weights at memory speed, for a few rows a group: 56 KiB of them on their way to each block,
+/// since few tiles may give a multiprocessor one block only.
 using Narrow = TileShape<4, 1, 1, 2, 64, 8, 2>;
 /// The same for up to 64 rows: fewer fragments of rows are loaded for each of weights.
 using Medium = TileShape<4, 1, 2, 4, 64, 4, 2>;
