@@ -18,7 +18,7 @@ struct Params {
     GroupedGemmArgs args;
     TileGrid grid;
     int stage_bytes;         ///< weights, then max_tokens rows of input
-    int num_k_blocks;        ///< of the shape's block_k
+    int num_k_blocks;        ///< of the shape's BLOCK_K
     int64_t weight_step;     ///< bytes of weights from one pass of all threads to the next
     bool is_output_aligned;  ///< rows of output take 16-byte stores
     bool claims_tiles;       ///< through args.work_counters
@@ -33,8 +33,7 @@ struct Shared {
     Tile tile[Shape::kStages];  ///< of a stage that begins a tile
     /// Where rows of a tile begin, in 16 bytes from the start of input. Tiles use both in turn.
     uint32_t source[2][Shape::kMaxTokens];
-    Walker
-        walker[kWarpSize];  ///< of the first warp's lanes; in registers it would cost all threads
+    Walker walker[kWarpSize];  ///< of the first warp's lanes; in registers all threads would pay
 };
 
 /// A row of a stage is one K block. Its pieces of 16 bytes are permuted so that equal pieces of
