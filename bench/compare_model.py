@@ -139,12 +139,14 @@ def moecore_timer(path: Path) -> Timer:
         engine.step()
         if case.steps == 0:
             return time.perf_counter() - begin
+        tokens = [random_ids(case.batch) for _ in range(case.steps)]
         begin = time.perf_counter()
-        while engine.has_unfinished:
+        for next_ids in tokens:
             # As with the peers: the likeliest token is looked for, and a random one goes on.
-            for sequence in engine.scheduler.running:
-                sequence.token_ids[-1] = int(torch.randint(0, VOCAB, ()))
+            for sequence, token_id in zip(engine.scheduler.running, next_ids, strict=True):
+                sequence.token_ids[-1] = token_id
             engine.step()
+        assert not engine.has_unfinished
         return time.perf_counter() - begin
 
     return run
@@ -164,9 +166,9 @@ def transformers_timer(path: Path, experts: str) -> Timer:
             model(prompt, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
             if case.steps == 0:
                 return time.perf_counter() - begin
+            tokens = torch.randint(0, VOCAB, (case.steps, case.batch, 1))
             begin = time.perf_counter()
-            for _ in range(case.steps):
-                token = torch.randint(0, VOCAB, (case.batch, 1))
+            for token in tokens:
                 model(token, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
             return time.perf_counter() - begin
 
@@ -186,9 +188,9 @@ def llama_cpp_timer(path: Path) -> Timer:
         model.decode(prompt).argmax(-1)
         if case.steps == 0:
             return time.perf_counter() - begin
+        tokens = torch.randint(0, VOCAB, (case.steps, case.batch, 1), dtype=torch.int32).numpy()
         begin = time.perf_counter()
-        for _ in range(case.steps):
-            token = torch.randint(0, VOCAB, (case.batch, 1), dtype=torch.int32).numpy()
+        for token in tokens:
             model.decode(token).argmax(-1)
         return time.perf_counter() - begin
 

@@ -14,68 +14,37 @@
 #include <cstring>
 
 #include "common/launch.cuh"
-#include "common/math.cuh"
+#include "common/vectors.cuh"
 #include "moecore/kernels/combine.hpp"
 
 namespace moecore::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kVectorBytes = 16;
 constexpr int kInFlight = 4;  ///< rows that a thread asks for at a time
-
-/// kCount neighbouring elements, moved by loads and stores of up to 16 bytes.
-template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount < kVectorBytes ? sizeof(T) * kCount : kVectorBytes) Vector {
-    T element[kCount];
-};
-
-template <typename Row, int kCount>
-__device__ Vector<Row, kCount> load(const Row* row) {
-    return *reinterpret_cast<const Vector<Row, kCount>*>(row);
-}
 
 /// sum += weight * row, element by element.
 template <typename Row, int kCount>
 __device__ void accumulate(float weight, const Vector<Row, kCount>& row, float (&sum)[kCount]) {
+    float values[kCount];
+    row.to_floats(values);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] = __fmaf_rn(weight, to_float(row.element[i]), sum[i]);
+    for (int i = 0; i < kCount; ++i) sum[i] = __fmaf_rn(weight, values[i], sum[i]);
 }
 
-/// Rounds and stores. Whole words go through __stwb, because nvcc splits the store of a struct.
-template <typename Output, int kCount>
-__device__ void store(const float (&sum)[kCount], void* output, int64_t offset) {
-    Vector<Output, kCount> vector;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) vector.element[i] = from_float<Output>(sum[i]);
-    Output* target = static_cast<Output*>(output) + offset;
-    if constexpr (sizeof vector % sizeof(uint4) == 0) {
-        uint4 words[sizeof vector / sizeof(uint4)];
-        memcpy(words, &vector, sizeof vector);
-#pragma unroll
-        for (size_t i = 0; i < sizeof vector / sizeof(uint4); ++i)
-            __stwb(reinterpret_cast<uint4*>(target) + i, words[i]);
-    } else {
-        *reinterpret_cast<Vector<Output, kCount>*>(target) = vector;
-    }
-}
-
+/// sum = columns `column` .. of the token's sum. The rows of four choices are asked for at a
+/// time before the first is added.
 template <typename Row, int kCount>
-__global__ void __launch_bounds__(kThreads)
-    combine_kernel(const __grid_constant__ CombineArgs args) {
-    const int64_t token = blockIdx.x;
-    const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kCount;
-    wait_for_predecessors();
-    allow_dependents();
-    if (column >= args.hidden_size) return;
-
-    // 1. Add the chosen experts' rows.
+__device__ void combine_row(const CombineArgs& args, int64_t token, int64_t column,
+                            float (&sum)[kCount]) {
+    using Elements = Vector<Row, kCount>;
     const int32_t* slot_to_row = args.slot_to_row + token * args.top_k;
     const float* weights = args.topk_weights + token * args.top_k;
     const Row* expert_rows = static_cast<const Row*>(args.expert_rows) + column;
-    float sum[kCount] = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
     for (int first = 0; first < args.top_k; first += kInFlight) {
-        Vector<Row, kCount> rows[kInFlight];
+        Elements rows[kInFlight];
         float weight[kInFlight];
         bool exists[kInFlight];
 #pragma unroll
@@ -85,44 +54,52 @@ __global__ void __launch_bounds__(kThreads)
             exists[i] = row >= 0 && row < args.num_rows;  // -1 is a dropped slot
             if (!exists[i]) continue;
             weight[i] = weights[j];
-            rows[i] = load<Row, kCount>(expert_rows + row * args.rows_stride);
+            rows[i] = Elements::load(expert_rows + row * args.rows_stride);
         }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i)
             if (exists[i]) accumulate(weight[i], rows[i], sum);
     }
-
-    // 2. Add the shared expert's. Output may be the same memory: this thread alone touches these
-    //    elements, and reads them first.
-    if (args.shared_output != nullptr) {
-        const float scale = args.shared_scale != nullptr ? args.shared_scale[token] : 1.0f;
-        const Row* shared_output = static_cast<const Row*>(args.shared_output) + column;
-        accumulate(scale, load<Row, kCount>(shared_output + token * args.shared_stride), sum);
-    }
-
-    // 3. Round and store.
-    const int64_t offset = token * args.output_stride + column;
-    if (args.output_dtype == DType::kBFloat16)
-        store<__nv_bfloat16>(sum, args.output, offset);
-    else
-        store<float>(sum, args.output, offset);
+    if (args.shared_output == nullptr) return;
+    const float scale = args.shared_scale != nullptr ? args.shared_scale[token] : 1.0f;
+    const Row* shared = static_cast<const Row*>(args.shared_output) + column;
+    accumulate(scale, Elements::load(shared + token * args.shared_stride), sum);
 }
 
-/// Whether rows of `stride` elements that begin at `data` can be moved in vectors of `bytes` bytes.
-bool is_aligned(const void* data, int64_t stride, DType dtype, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
-           static_cast<size_t>(stride) * size_of(dtype) % bytes == 0;
+template <typename Row, int kCount>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const __grid_constant__ CombineArgs args) {
+    const int64_t token = blockIdx.x;
+    const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kCount;
+    load_parameters(args);
+    wait_for_predecessors();
+    allow_dependents();
+    if (column >= args.hidden_size) return;
+
+    // Output may be shared_output's memory: this thread alone touches these elements, and reads
+    // them first.
+    float sum[kCount];
+    combine_row<Row>(args, token, column, sum);
+    const int64_t offset = token * args.output_stride + column;
+    if (args.output_dtype == DType::kBFloat16)
+        Vector<__nv_bfloat16, kCount>::from_floats(sum).store(
+            static_cast<__nv_bfloat16*>(args.output) + offset);
+    else
+        Vector<float, kCount>::from_floats(sum).store(static_cast<float*>(args.output) + offset);
+}
+
+/// Whether the rows that combine reads can be moved in vectors.
+bool are_inputs_aligned(const CombineArgs& args) {
+    return are_rows_aligned(args.expert_rows, args.rows_stride, args.rows_dtype) &&
+           are_rows_aligned(args.shared_output, args.shared_output ? args.shared_stride : 0,
+                            args.rows_dtype);
 }
 
 template <typename Row>
 void launch(const CombineArgs& args, Stream stream) {
     constexpr int kCount = kVectorBytes / sizeof(Row);
-    const bool use_vectors =
-        args.hidden_size % kCount == 0 &&
-        is_aligned(args.expert_rows, args.rows_stride, args.rows_dtype, kVectorBytes) &&
-        is_aligned(args.shared_output, args.shared_output ? args.shared_stride : 0, args.rows_dtype,
-                   kVectorBytes) &&
-        is_aligned(args.output, args.output_stride, args.output_dtype, kVectorBytes);
+    const bool use_vectors = args.hidden_size % kCount == 0 && are_inputs_aligned(args) &&
+                             are_rows_aligned(args.output, args.output_stride, args.output_dtype);
     const auto kernel = use_vectors ? combine_kernel<Row, kCount> : combine_kernel<Row, 1>;
     const int64_t columns_per_block = int64_t{kThreads} * (use_vectors ? kCount : 1);
     const dim3 grid(static_cast<unsigned>(args.num_tokens),

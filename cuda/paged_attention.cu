@@ -136,6 +136,7 @@ __global__ void __launch_bounds__(Shared<kD, kRowWarps>::kThreads)
         wait_for_predecessors();
         allow_dependents();
     };
+    load_parameters(args);
     if (!cache.is_settled) wait();
     const RowTile tile = find_tile(cache, args.num_tokens, group, kRows,
                                    static_cast<int>(blockIdx.x) / cluster, lane);

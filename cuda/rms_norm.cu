@@ -13,17 +13,16 @@
 #include <cstdint>
 
 #include "common/launch.cuh"
-#include "common/math.cuh"
+#include "common/vectors.cuh"
 #include "moecore/kernels/rms_norm.hpp"
 
 namespace moecore::cuda {
 namespace {
 
 constexpr int kPartials = 64;
-constexpr int kRowsPerBlock = 4;
-constexpr int kThreads = 256;                ///< of a long row's block
 constexpr int64_t kMaxStaged = 12288 - 256;  ///< elements that shared memory holds, unasked
-constexpr int kVectorBytes = 16;
+constexpr int kRowsPerBlock = 4;
+constexpr int kThreads = 256;  ///< of a long row's block
 
 /// 1 / sqrt(mean of squares + eps) of a row, in the lanes 0 .. 15 that call it with its 64 partial
 /// sums: 64 to 16, then halves. Right in lane 0.
@@ -36,15 +35,67 @@ __device__ float scale_of(const RmsNormArgs& args, const float* partials, int la
     return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, args.eps)));
 }
 
+/// Shared memory for scale_of_row.
+struct RowSums {
+    float partials[kPartials];
+    float scale;
+};
+
+/// The scale of a row in shared memory, in every thread of the block, which has at least kPartials.
+/// Waits for the block before it reads the row.
+__device__ float scale_of_row(const RmsNormArgs& args, const float* row, RowSums& sums) {
+    const int thread = static_cast<int>(threadIdx.x), width = static_cast<int>(args.width);
+    __syncthreads();  // the row is there
+    if (thread < kPartials) {
+        float partial = 0.0f;
+#pragma unroll 8
+        for (int column = thread; column < width; column += kPartials)
+            partial = __fmaf_rn(row[column], row[column], partial);
+        sums.partials[thread] = partial;
+    }
+    __syncthreads();  // every partial sum is there
+    if (thread < 16) {
+        const float scale = scale_of(args, sums.partials, thread);
+        if (thread == 0) sums.scale = scale;
+    }
+    __syncthreads();  // the scale is there
+    return sums.scale;
+}
+
+/// x = round(x + other), element by element, for x of type Element.
+template <typename Element, int kCount>
+__device__ void add_residual(float (&x)[kCount], const Vector<Element, kCount>& other) {
+    float values[kCount];
+    other.to_floats(values);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = __fadd_rn(x[i], values[i]);
+    Vector<Element, kCount>::from_floats(x).to_floats(x);
+}
+
+/// output = round(weight * round(x * scale)), element by element.
+template <typename Element, typename Weight, int kCount>
+__device__ void store_scaled(const float* x, float scale, const Vector<Weight, kCount>& weight,
+                             Element* output) {
+    float values[kCount], weights[kCount];
+    Vector<float, kCount>::load(x).to_floats(values);
+    weight.to_floats(weights);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = __fmul_rn(values[i], scale);
+    Vector<Element, kCount>::from_floats(values).to_floats(values);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = __fmul_rn(weights[i], values[i]);
+    Vector<Element, kCount>::from_floats(values).store(output);
+}
+
+__device__ int64_t offset_of(const RmsNormArgs& args, const HeadStrides& strides, int64_t row) {
+    return row / args.num_heads * strides.token + row % args.num_heads * strides.head;
+}
+
 /// round(weight * round(x * scale))
 template <typename Element>
 __device__ Element scaled(float x, float scale, float weight) {
     const Element rounded = from_float<Element>(__fmul_rn(x, scale));
     return from_float<Element>(__fmul_rn(weight, to_float(rounded)));
-}
-
-__device__ int64_t offset_of(const RmsNormArgs& args, const HeadStrides& strides, int64_t row) {
-    return row / args.num_heads * strides.token + row % args.num_heads * strides.head;
 }
 
 template <typename Element, typename Weight>
@@ -62,6 +113,7 @@ __global__ void __launch_bounds__(kPartials* kRowsPerBlock)
         static_cast<Element*>(args.output) + offset_of(args, args.output_strides, row);
     Element* residual = static_cast<Element*>(args.residual);
     if (residual != nullptr) residual += offset_of(args, args.residual_strides, row);
+    load_parameters(args);
     wait_for_predecessors();
     allow_dependents();
 
@@ -90,20 +142,13 @@ __global__ void __launch_bounds__(kPartials* kRowsPerBlock)
             scaled<Element>(to_float(source[column]), scales[slot], to_float(weight[column]));
 }
 
-/// kCount neighbouring elements, moved at once.
-template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount < kVectorBytes ? sizeof(T) * kCount : kVectorBytes) Vector {
-    T element[kCount];
-};
-
 template <typename Element, typename Weight>
 __global__ void __launch_bounds__(kThreads)
     long_rows_kernel(const __grid_constant__ RmsNormArgs args) {
     constexpr int kCount = kVectorBytes / sizeof(Element);
     using Elements = Vector<Element, kCount>;
-    extern __shared__ float row_values[];  // [width], what is normalised
-    __shared__ float partials[kPartials];
-    __shared__ float scale;
+    extern __shared__ __align__(16) float row_values[];  // [width], what is normalised
+    __shared__ RowSums sums;
     const int64_t row = blockIdx.x;
     const int width = static_cast<int>(args.width), thread = static_cast<int>(threadIdx.x);
     const Element* input =
@@ -112,6 +157,7 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<Element*>(args.output) + offset_of(args, args.output_strides, row);
     Element* residual = static_cast<Element*>(args.residual);
     if (residual != nullptr) residual += offset_of(args, args.residual_strides, row);
+    load_parameters(args);
     wait_for_predecessors();
     allow_dependents();
 
@@ -119,60 +165,37 @@ __global__ void __launch_bounds__(kThreads)
     //    meanwhile.
     const int first_column = thread * kCount;
     const auto load_weights = [&](int column) {
-        return *reinterpret_cast<const Vector<Weight, kCount>*>(
-            static_cast<const Weight*>(args.weight) + column);
+        return Vector<Weight, kCount>::load(static_cast<const Weight*>(args.weight) + column);
     };
     Vector<Weight, kCount> w{};
     if (first_column < width) w = load_weights(first_column);
     for (int column = first_column; column < width; column += kThreads * kCount) {
-        Elements x = *reinterpret_cast<const Elements*>(input + column);
+        const Elements loaded = Elements::load(input + column);
+        float x[kCount];
         if (residual != nullptr) {
-            auto* target = reinterpret_cast<Elements*>(residual + column);
-            const Elements other = *target;
-#pragma unroll
-            for (int i = 0; i < kCount; ++i)
-                x.element[i] = from_float<Element>(
-                    __fadd_rn(to_float(x.element[i]), to_float(other.element[i])));
-            *target = x;
+            const Elements other = Elements::load(residual + column);
+            loaded.to_floats(x);
+            add_residual(x, other);
+            Elements::from_floats(x).store(residual + column);
+        } else {
+            loaded.to_floats(x);
         }
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) row_values[column + i] = to_float(x.element[i]);
+        Vector<float, kCount>::from_floats(x).store(row_values + column);
     }
-    __syncthreads();  // the row is there
+    const float scale = scale_of_row(args, row_values, sums);
 
-    // 2. Its scale.
-    if (thread < kPartials) {
-        float partial = 0.0f;
-#pragma unroll 8
-        for (int column = thread; column < width; column += kPartials)
-            partial = __fmaf_rn(row_values[column], row_values[column], partial);
-        partials[thread] = partial;
-    }
-    __syncthreads();  // every partial sum is there
-    if (thread < 16) {
-        const float row_scale = scale_of(args, partials, thread);
-        if (thread == 0) scale = row_scale;
-    }
-    __syncthreads();  // the scale is there
-
-    // 3. Scale.
+    // 2. Scale.
     for (int column = first_column; column < width; column += kThreads * kCount) {
         if (column != first_column) w = load_weights(column);
-        Elements y;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i)
-            y.element[i] = scaled<Element>(row_values[column + i], scale, to_float(w.element[i]));
-        *reinterpret_cast<Elements*>(output + column) = y;
+        store_scaled(row_values + column, scale, w, output + column);
     }
 }
 
 /// Whether every vector of 16 bytes of these rows is aligned.
 bool is_aligned(const RmsNormArgs& args) {
     const auto fits = [&](const void* data, const HeadStrides& strides) {
-        const auto element = static_cast<int64_t>(size_of(args.dtype));
-        return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
-               strides.token * element % kVectorBytes == 0 &&
-               (args.num_heads == 1 || strides.head * element % kVectorBytes == 0);
+        return are_rows_aligned(data, strides.token, args.dtype) &&
+               (args.num_heads == 1 || are_rows_aligned(data, strides.head, args.dtype));
     };
     return args.width * static_cast<int64_t>(size_of(args.dtype)) % kVectorBytes == 0 &&
            reinterpret_cast<uintptr_t>(args.weight) % kVectorBytes == 0 &&

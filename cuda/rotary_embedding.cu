@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kThreads)
     rotary_kernel(const __grid_constant__ RotaryEmbeddingArgs args) {
     const int64_t half = args.rotary_dim / 2;
     const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    load_parameters(args);
     wait_for_predecessors();
     allow_dependents();
     if (index >= args.num_tokens * args.num_heads * half) return;

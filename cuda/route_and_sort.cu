@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     const int64_t begin = min(blockIdx.x * tokens_per_block, routing.num_tokens);
     const int64_t end = min(begin + tokens_per_block, routing.num_tokens);
     const int top_k = routing.config.top_k;
+    load_parameters(args);
     wait_for_predecessors();
     allow_dependents();
 

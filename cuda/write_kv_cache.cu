@@ -26,22 +26,17 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t head = index / vectors % cache.num_kv_heads;
     const int64_t token = index / vectors / cache.num_kv_heads;
     const bool is_value = blockIdx.y == 1;
+    load_parameters(args);
     if (!cache.is_settled) wait_for_predecessors();
-    const int64_t sequence = token < args.num_tokens ? sequence_of(cache, token) : -1;
-    const int64_t position =
-        sequence >= 0 ? cache.context_lens[sequence] - (cache.query_offsets[sequence + 1] - token)
-                      : -1;
-    const int64_t block =
-        position >= 0 ? cache_block(cache, sequence, position / kKvBlockSize) : -1;
+    const int64_t row = token < args.num_tokens ? cache_row(cache, token) : -1;
     if (cache.is_settled) wait_for_predecessors();
     allow_dependents();
-    if (block < 0) return;
+    if (row < 0) return;
     const HeadStrides& strides = is_value ? args.value_strides : args.key_strides;
     const auto* source = static_cast<const uint16_t*>(is_value ? args.value : args.key) +
                          token * strides.token + head * strides.head + vector * kElementsPerVector;
     auto* target = static_cast<uint16_t*>(is_value ? cache.value : cache.key) +
-                   ((head * cache.num_blocks + block) * kKvBlockSize + position % kKvBlockSize) *
-                       cache.head_dim +
+                   (head * cache.num_blocks * kKvBlockSize + row) * cache.head_dim +
                    vector * kElementsPerVector;
     *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
 }

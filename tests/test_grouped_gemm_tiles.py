@@ -69,6 +69,18 @@ def test_few_weight_rows_have_the_bits_of_many(device, n, k_dim, num_rows):
     assert_same_bits(ops.linear(x, weight), ops.linear(x.repeat(40, 1), weight)[-num_rows:])
 
 
+@pytest.mark.parametrize("num_rows", [1, 6, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_narrow_matrix_has_the_bits_of_a_wide_one(dtype, num_rows):
+    """A router of few experts fills a part of a panel, and only that part is multiplied."""
+    x = randn(num_rows, 1100, dtype=dtype)
+    wide = make_weights(1, 96, 1100, dtype)
+    want = ops.linear(x, wide[0])
+    for n in (1, 8, 31, 32, 33, 64, 65, 96):
+        assert_same_bits(ops.linear(x, wide[0, :n].contiguous()), want[:, :n])
+        assert_same_bits(ops.linear(x, ops.prepare_weights(wide[:, :n].contiguous())), want[:, :n])
+
+
 @pytest.mark.parametrize(
     "counts",
     [

@@ -285,3 +285,11 @@ def test_tokens_outside_the_vocabulary_are_refused():
 
 def test_no_rows_give_no_tokens():
     assert sample(torch.zeros(0, VOCAB), []) == []
+
+
+def test_noise_is_the_generators_numbers_one_by_one():
+    row, generator = sampler(seed=5), torch.Generator().manual_seed(5)
+    one_by_one = [
+        float(torch.rand((), dtype=torch.float64, generator=generator)) for _ in range(100)
+    ]
+    assert [row.draw_uniform() for _ in range(100)] == one_by_one

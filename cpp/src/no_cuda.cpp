@@ -17,6 +17,7 @@
 #include "moecore/kernels/plan_routes.hpp"
 #include "moecore/kernels/rms_norm.hpp"
 #include "moecore/kernels/rotary_embedding.hpp"
+#include "moecore/kernels/rotate_and_cache.hpp"
 #include "moecore/kernels/route_and_sort.hpp"
 #include "moecore/kernels/sort_by_expert.hpp"
 #include "moecore/kernels/topk_routing.hpp"
@@ -47,6 +48,7 @@ void place_rows(const PlaceRowsArgs&, Stream) { throw_no_cuda("place_rows"); }
 void rms_norm(const RmsNormArgs&, Stream) { throw_no_cuda("rms_norm"); }
 void norm_and_rotate(const NormAndRotateArgs&, Stream) { throw_no_cuda("norm_and_rotate"); }
 void rotary_embedding(const RotaryEmbeddingArgs&, Stream) { throw_no_cuda("rotary_embedding"); }
+void rotate_and_cache(const RotateAndCacheArgs&, Stream) { throw_no_cuda("rotate_and_cache"); }
 
 void write_kv_cache(const WriteKvCacheArgs&, Stream) { throw_no_cuda("write_kv_cache"); }
 void paged_attention(const PagedAttentionArgs&, Stream) { throw_no_cuda("paged_attention"); }

@@ -34,4 +34,15 @@ __device__ inline int64_t cache_block(const KvCacheArgs& cache, int64_t sequence
     return block >= 0 && block < cache.num_blocks ? block : -1;
 }
 
+/// Where the keys and values of `token` belong, as a row of each head of the cache; -1 if nowhere.
+__device__ inline int64_t cache_row(const KvCacheArgs& cache, int64_t token) {
+    const int64_t sequence = sequence_of(cache, token);
+    if (sequence < 0) return -1;
+    const int64_t position =
+        cache.context_lens[sequence] - (cache.query_offsets[sequence + 1] - token);
+    if (position < 0) return -1;
+    const int64_t block = cache_block(cache, sequence, position / kKvBlockSize);
+    return block < 0 ? -1 : block * kKvBlockSize + position % kKvBlockSize;
+}
+
 }  // namespace moecore::cuda

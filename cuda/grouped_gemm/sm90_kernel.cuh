@@ -89,7 +89,7 @@ __device__ void consume(const Params& params, Stage stage, int consumer) {
     while (true) {
         // 1. The next tile.
         stage.wait_full();
-        const Tile tile = stage.template tile<Shape::kCluster>();
+        const Tile tile = stage.tile();
         __syncwarp();  // all lanes have read it before one gives the stage back
         if (tile.group < 0) return;
         const Place<kIsGated, Shape> place(tile, consumer);
@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResidentBlocks)
     const int warp = threadIdx.x / kWarpSize;
 
     // 1. Set up while the kernels before this one may still run.
+    load_parameters(params);
     if (threadIdx.x == 0) {
         ptx::prefetch_map(weights_map);
         if (params.copies_rows) ptx::prefetch_map(rows_map);

@@ -30,7 +30,7 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
         // Rows of a box come in eights; gated: eight of gate, the same eight of up.
         constexpr int kEights = Shape::kWeightRows / (kIsGated ? 16 : 8);
         const int eights = tile.weight_tile * kEights + rank * (kEights / Shape::kCluster);
-        if (k == 0) to.template tile<Shape::kCluster>() = tile;
+        if (k == 0) to.tile() = tile;
         ptx::barrier_arrive_expect(to.full(), Shape::kWeightBytes + row_boxes * kBoxBytes);
         const int box[5] = {k * BLOCK_K, 0, kIsGated ? 0 : eights, kIsGated ? eights : 0,
                             tile.group};
@@ -82,7 +82,7 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
         if (must_wait) wait_for_predecessors();
         if (params.claims_tiles) end_claims(params.args.work_counters);
         stage.template wait_all_empty<Shape::kCluster>();
-        stage.template tile<Shape::kCluster>() = tile;  // there are no more
+        stage.tile() = tile;  // there are no more
         ptx::barrier_arrive(stage.full());
     }
     __syncwarp();

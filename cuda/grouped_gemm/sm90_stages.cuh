@@ -19,7 +19,6 @@ constexpr int kRowBytes = 2 * BLOCK_K;  ///< of a stage: 128 bytes, the width of
 constexpr int kGatherWarps = 3;         ///< of the producers; the fourth loads weights
 constexpr int kGatherThreads = kGatherWarps * kWarpSize;
 constexpr int kMaxStages = 12;
-constexpr int kMostClusterBlocks = 2;
 constexpr int kRingAlignment = 1024;  ///< of the swizzle
 constexpr int kBoxRows = 32;          ///< of input that the copy engine brings at a time
 
@@ -61,9 +60,7 @@ struct RingState {
     uint64_t full[kMaxStages];   ///< data has arrived: one arrival of copies, one a gather thread
     uint64_t empty[kMaxStages];  ///< data is used: one arrival a consumer warp
     uint64_t empty_there[kMaxStages];  ///< in the cluster's other blocks: one of each warp
-    /// Of a stage that begins a tile. Each block of a cluster has a row of its own: racecheck takes
-    /// the same address in two of them for one.
-    Tile tile[kMostClusterBlocks][kMaxStages];
+    Tile tile[kMaxStages];             ///< of a stage that begins a tile
     ClaimQueue claims;
 };
 
@@ -96,11 +93,7 @@ public:
     }
     __device__ int index() const { return index_; }
     __device__ uint32_t weights() const { return ring_ + index_ * params_.stage_bytes; }
-    template <int kCluster>
-    __device__ Tile& tile() const {
-        if constexpr (kCluster > 1) return state_.tile[cluster_rank()][index_];
-        return state_.tile[0][index_];
-    }
+    __device__ Tile& tile() const { return state_.tile[index_]; }
     __device__ uint32_t full() const { return ptx::shared_address(&state_.full[index_]); }
     /// Consumers, one thread a warp: data of stage `index` is used. Whoever of the cluster loads
     /// weights waits for that of all its blocks.

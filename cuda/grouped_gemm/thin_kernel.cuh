@@ -172,6 +172,7 @@ __global__ void __launch_bounds__(kThinThreads, 2)
     const uint32_t ring = ceil_div(ptx::shared_address(shared), kAlignment) * kAlignment;
     const ThinStage stage(params, ring, state);
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    load_parameters(params);
     if (threadIdx.x == 0) {
         ptx::prefetch_map(weights_map);
         ptx::prefetch_map(rows_map);

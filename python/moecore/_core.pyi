@@ -186,7 +186,7 @@ class Decoder:
     def forward_decodes(
         self,
         activations: Activations,
-        numbers: Tensor,
+        numbers: bytes,
         num_sequences: int,
         cos_sin: Tensor,
         logits: Tensor,
@@ -250,6 +250,21 @@ def write_kv_cache(
     query_offsets: Tensor,
     context_lens: Tensor,
     block_tables: Tensor,
+) -> None: ...
+def rotate_and_cache(
+    heads: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    interleaved: bool,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_offsets: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    is_settled: bool,
 ) -> None: ...
 def paged_attention(
     query: Tensor,

@@ -48,7 +48,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], noise: Sequence[float
 
 def argmax(logits: Tensor) -> tuple[list[int], list[float]]:
     """The first of each row's largest logits [N, V], and that logit; NaN if the row holds one."""
-    zeros = [0.0] * len(logits)
+    zeros = [0.0] * logits.shape[0]
     return _core.draw_tokens(logits, zeros, zeros, zeros)
 
 
@@ -65,7 +65,7 @@ def top_ids(logits: Tensor, k: int) -> Tensor:
 
 def take_rows(tensor: Tensor, rows: list[int]) -> Tensor:
     """The rows of a tensor, which is not copied where they are all of its rows in order."""
-    return tensor if len(rows) == len(tensor) else tensor[rows]
+    return tensor if len(rows) == tensor.shape[0] else tensor[rows]
 
 
 def _weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -210,11 +210,13 @@ class Engine:
             if completion.finish_reason is not None:
                 self.scheduler.remove(completion)
             touched[request.request_id] = request
-        return [
-            self._retire(request, now) if request.is_finished else request.output()
-            for request in touched.values()
-            if request.is_finished or request.stream
-        ]
+        outputs = []
+        for request in touched.values():
+            if request.is_finished:
+                outputs.append(self._retire(request, now))
+            elif request.stream:
+                outputs.append(request.output())
+        return outputs
 
     def _retire(self, request: Request, now: float) -> RequestOutput:
         request.finished_time = now

@@ -95,12 +95,13 @@ class ModelRunner:
         self._cos_sin = cos_sin_table(
             config.rope, cache.max_model_len, config.max_position_embeddings
         ).to(device)
-        self._is_native = NativeAttention.serves(config, dtype, device)
-        attention = NativeAttention if self._is_native else TorchAttention
+        is_native = NativeAttention.serves(config, dtype, device)
+        self._needs_torch = device.type != "cpu" or not is_native  # beside the core
+        attention = NativeAttention if is_native else TorchAttention
         self._attention: Attention = attention(config, dtype, cache.num_blocks, device)
         self._graphs: DecodeGraphs | None = None
         self._logits: Tensor | None = None
-        if device.type == "cuda" and self._is_native and max_num_seqs > 0:
+        if device.type == "cuda" and is_native and max_num_seqs > 0:
             with torch.inference_mode(), torch.cuda.device(device):
                 self._graphs = DecodeGraphs(
                     model,
@@ -115,7 +116,7 @@ class ModelRunner:
 
         They are valid until the next run.
         """
-        if self._device.type == "cpu" and self._is_native:  # no operator of torch: no mode of torch
+        if not self._needs_torch:  # no operator of torch: no mode of torch
             return self._model.forward(
                 batch, self._attention, self._cos_sin, out=self._logits_of(batch)
             )
@@ -132,7 +133,7 @@ class ModelRunner:
         """Memory for a decode's logits, kept for the next one of its size."""
         if not isinstance(batch, DecodeBatch):
             return None
-        if self._logits is None or len(self._logits) != batch.num_sequences:
+        if self._logits is None or self._logits.shape[0] != batch.num_sequences:
             self._logits = torch.empty((batch.num_sequences, self.vocab_size))
         return self._logits
 

@@ -5,7 +5,26 @@
 #include "test_main.hpp"
 
 namespace moecore::test {
+
+struct Part {
+    int* texts_made;
+};
+
+std::string to_string(const Part& part) {
+    ++*part.texts_made;
+    return "the part";
+}
+
 namespace {
+
+void test_a_check_makes_text_only_if_it_fails() {
+    int texts_made = 0;
+    const Part part{&texts_made};
+    require(true, "op: must not fail, got ", part);
+    expect(texts_made == 0, "no text of what is right");
+    expect_invalid([&] { require(false, "op: must fail, got ", part); },
+                   "op: must fail, got the part");
+}
 
 void test_gemm_names_the_bad_argument() {
     // Each as large as the output, so that memory shared with one is shared with no other.
@@ -144,7 +163,8 @@ void test_linear_names_the_bad_argument() {
 
 void add_grouped_gemm_argument_tests(std::vector<Test>& tests) {
     tests.insert(tests.end(),
-                 {{"gemm_names_the_bad_argument", test_gemm_names_the_bad_argument},
+                 {{"a_check_makes_text_only_if_it_fails", test_a_check_makes_text_only_if_it_fails},
+                  {"gemm_names_the_bad_argument", test_gemm_names_the_bad_argument},
                   {"linear_names_the_bad_argument", test_linear_names_the_bad_argument}});
 }
 

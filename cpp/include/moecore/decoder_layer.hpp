@@ -5,6 +5,7 @@
 
 #include "moecore/activations.hpp"
 #include "moecore/grouped_gemm.hpp"
+#include "moecore/kv_cache.hpp"
 #include "moecore/moe_layer.hpp"
 #include "moecore/stream.hpp"
 #include "moecore/tensor_view.hpp"
@@ -73,6 +74,13 @@ public:
                           const TensorView& cos_sin, bool is_first, Stream stream = {},
                           Settled settled = Settled::kNothing) const;
 
+    /// before_attention that also stores keys and values in `cache`, as rotate_and_cache does: what
+    /// qkv holds of keys afterwards is not defined.
+    void before_attention(const Activations& activations, const TensorView& positions,
+                          const TensorView& cos_sin, const KvCache& cache,
+                          const SequenceBatch& sequences, bool is_first, Stream stream,
+                          Settled settled) const;
+
     /// before_attention without its last step, for models that change qkv before it turns.
     void project_qkv(const Activations& activations, bool is_first, Stream stream = {}) const;
 
@@ -86,6 +94,7 @@ private:
     void check_call(const Activations& activations) const;
     void project(const ActivationTensors& tensors, bool is_first, Stream stream,
                  Settled settled) const;
+    bool normalises_heads_alike() const;
     void normalise_heads(const ActivationTensors& tensors, Stream stream) const;
 
     DecoderConfig config_;

@@ -33,8 +33,9 @@ public:
     using std::runtime_error::runtime_error;
 };
 
-/// Text of one part of a message: a string, a number, or a bool as true or false. No iostreams:
-/// their locale objects break where two copies of the C++ library meet in one process.
+/// Text of one part of a message: a string, a number, a bool as true or false, or what a to_string
+/// beside its type takes. No iostreams: their locale objects break where two copies of the C++
+/// library meet in one process.
 template <typename Part>
 std::string text_of(const Part& part) {
     if constexpr (std::is_same_v<Part, bool>) {
@@ -44,6 +45,8 @@ std::string text_of(const Part& part) {
     } else if constexpr (std::is_arithmetic_v<Part>) {
         char digits[64];
         return {digits, std::to_chars(digits, digits + sizeof digits, part).ptr};
+    } else if constexpr (requires { to_string(part); }) {
+        return to_string(part);
     } else {
         return std::string(part);
     }
@@ -56,7 +59,7 @@ std::string concat(const Parts&... parts) {
 }
 
 /// Throws InvalidArgument made of `parts` unless `condition` holds. Call sites are on the host path
-/// of an op, so the parts cost nothing unless the check fails.
+/// of an op, so the parts cost nothing unless the check fails: give a tensor, not its text.
 template <typename... Parts>
 void require(bool condition, const Parts&... parts) {
     if (!condition) throw InvalidArgument(concat(parts...));

@@ -21,7 +21,7 @@ public:
     /// [kNumCounters] int32 for kernels that hand out their work by counting; not defined on the
     /// CPU. They are zero between launches: who counts in them sets them back.
     TensorView counters() const;
-    static constexpr int64_t kNumCounters = 4;
+    static constexpr int64_t kNumCounters = 2;
 
     void reset() noexcept { used_ = 0; }
 

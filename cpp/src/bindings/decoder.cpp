@@ -39,32 +39,30 @@ public:
         run(activations, batch, out);
     }
 
-    /// A pass of one token of each of S sequences, all of which want logits. numbers [3 S + S B]
-    /// int32: token_ids, positions, context_lens and block_tables of forward, side by side; on the
-    /// CPU. For the many passes that are little else: each tensor of Python's has its price.
-    void forward_decodes(PyActivations& activations, py::handle numbers, int64_t num_sequences,
-                         py::handle cos_sin, py::handle logits) {
-        const TensorArg all(numbers, kOp, "numbers");
+    /// A pass of one token of each of S sequences, all of which want logits. numbers: 3 S + S B
+    /// int32, which are token_ids, positions, context_lens and block_tables of forward, side by
+    /// side. For the many passes that are little else: each tensor of Python's has its price.
+    void forward_decodes(PyActivations& activations, const py::bytes& numbers,
+                         int64_t num_sequences, py::handle cos_sin, py::handle logits) {
         const TensorArg table(cos_sin, kOp, "cos_sin");
         const TensorArg out(logits, kOp, "logits");
-        const TensorView& view = all.view();
-        const bool is_list = view.dtype == DType::kInt32 && view.rank == 1 &&
-                             view.strides[0] == 1 && view.device.type == DeviceType::kCpu;
-        require(is_list && num_sequences >= 1 && view.shape[0] > 3 * num_sequences &&
-                    view.shape[0] % num_sequences == 0,
-                kOp, ": numbers must be int32 on the CPU, contiguous, 4 or more for each of the ",
-                num_sequences, " sequences, got ", to_string(view));
-        const int64_t width = view.shape[0] / num_sequences - 3;
+        constexpr int64_t kBytes = sizeof(int32_t);
+        const auto num_bytes = static_cast<int64_t>(PyBytes_GET_SIZE(numbers.ptr()));
+        require(num_sequences >= 1 && num_bytes > 3 * kBytes * num_sequences &&
+                    num_bytes % (kBytes * num_sequences) == 0,
+                kOp, ": numbers must be int32, 4 or more for each of the ", num_sequences,
+                " sequences, got ", num_bytes, " bytes");
+        const int64_t width = num_bytes / (kBytes * num_sequences) - 3;
+        auto* first = reinterpret_cast<int32_t*>(PyBytes_AS_STRING(numbers.ptr()));  // only read
         for (auto next = static_cast<int32_t>(counting_.size()); next <= num_sequences; ++next)
             counting_.push_back(next);
         const auto part = [&](int64_t i) {
-            return TensorView(view.as<int32_t>() + i * num_sequences, DType::kInt32,
-                              {num_sequences}, Device{});
+            return TensorView(first + i * num_sequences, DType::kInt32, {num_sequences}, Device{});
         };
         const TensorView offsets(counting_.data(), DType::kInt32, {num_sequences + 1}, Device{});
         const TensorView rows(counting_.data(), DType::kInt32, {num_sequences}, Device{});
-        const TensorView tables(view.as<int32_t>() + 3 * num_sequences, DType::kInt32,
-                                {num_sequences, width}, Device{});
+        const TensorView tables(first + 3 * num_sequences, DType::kInt32, {num_sequences, width},
+                                Device{});
         run(activations,
             {.token_ids = part(0),
              .positions = part(1),

@@ -8,6 +8,7 @@
 #include "moecore/paged_attention.hpp"
 #include "moecore/rms_norm.hpp"
 #include "moecore/rotary_embedding.hpp"
+#include "moecore/rotate_and_cache.hpp"
 #include "moecore/write_kv_cache.hpp"
 
 namespace py = pybind11;
@@ -27,15 +28,40 @@ public:
           tables_(block_tables, op, "block_tables") {}
 
     KvCache cache() const { return {key_, value_}; }
-    SequenceBatch batch() const { return {offsets_, lens_, tables_, false}; }
+    SequenceBatch batch(bool is_settled = false) const {
+        return {offsets_, lens_, tables_, is_settled};
+    }
 
 private:
     TensorArg key_, value_, offsets_, lens_, tables_;
 };
 
+/// What a Decoder calls instead of several operators; not in moecore.ops.
+void bind_rotate_and_cache(py::module_& module) {
+    module.def("rotate_and_cache",
+               [](py::handle heads, py::handle q_weight, py::handle k_weight, float eps,
+                  py::handle positions, py::handle cos_sin, bool interleaved, py::handle key_cache,
+                  py::handle value_cache, py::handle query_offsets, py::handle context_lens,
+                  py::handle block_tables, bool is_settled) {
+                   constexpr const char* kOp = "rotate_and_cache";
+                   const TensorArg rows(heads, kOp, "heads");
+                   const TensorArg q(q_weight, kOp, "q_weight", true);
+                   const TensorArg k(k_weight, kOp, "k_weight", true);
+                   const TensorArg ids(positions, kOp, "positions");
+                   const TensorArg table(cos_sin, kOp, "cos_sin");
+                   const CacheArgs cache(kOp, key_cache, value_cache, query_offsets, context_lens,
+                                         block_tables);
+                   py::gil_scoped_release release;
+                   rotate_and_cache(rows, q, k, eps, ids, table,
+                                    interleaved ? RotaryPairs::kInterleaved : RotaryPairs::kHalves,
+                                    cache.cache(), cache.batch(is_settled), rows.current_stream());
+               });
+}
+
 }  // namespace
 
 void bind_decoder_ops(py::module_& module) {
+    bind_rotate_and_cache(module);
     module.def("rms_norm", [](py::handle input, py::handle weight, float eps, py::handle residual,
                               py::handle output) {
         constexpr const char* kOp = "rms_norm";

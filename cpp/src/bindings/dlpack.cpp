@@ -89,7 +89,7 @@ TensorView to_view(const dlpack::Tensor& tensor, const char* op, const char* nam
     }
     // A tensor that only pretends to be on its device, such as torch's FakeTensor.
     require(tensor.data != nullptr || view.is_empty(), op, ": ", name,
-            " must have memory, got none for ", to_string(view));
+            " must have memory, got none for ", view);
     return view;
 }
 

@@ -23,8 +23,9 @@ static_assert(kMaxRowsPerUnit % kMatrixRows == 0, "sums of the rows after the la
 /// Plain weights are packed this much of K at a time, into a buffer that stays in cache.
 constexpr int64_t kPackedK = 512;
 
-/// Work is handed out in this many ranges a thread: enough that threads of different speed end
-/// together. A thread's ranges are neighbours, so its reads run on from panel to panel.
+/// A matrix unit's work is handed out in this many ranges a thread: enough that threads of
+/// different speed end together, and few, since each range brings its rows into place. Other work
+/// is handed out panel by panel: of a decode's few panels the last one is what threads wait for.
 constexpr int64_t kRangesPerThread = 32;
 
 /// Rows begin .. begin + count - 1 of one group, for every panel.
@@ -42,6 +43,8 @@ struct EvenRows {
 
 std::vector<RowBlock> cut_rows(const GroupedGemmArgs& args, int64_t rows_per_block) {
     std::vector<RowBlock> blocks;
+    blocks.reserve(static_cast<size_t>(std::min<int64_t>(args.num_groups, args.num_rows) +
+                                       args.num_rows / rows_per_block));
     for (int g = 0; g < args.num_groups; ++g) {
         const int64_t begin = args.expert_offsets ? args.expert_offsets[g] : 0;
         const int64_t end = args.expert_offsets ? args.expert_offsets[g + 1] : args.num_rows;
@@ -114,7 +117,8 @@ public:
         const std::vector<RowBlock> blocks = cut_rows(args_, rows_per_block_);
         const int64_t num_panels = layout_.num_panels();
         const int64_t num_units = static_cast<int64_t>(blocks.size()) * num_panels;
-        const int64_t grain = std::max<int64_t>(1, num_units / (kRangesPerThread * num_threads()));
+        const int64_t num_ranges = kRangesPerThread * num_threads();
+        const int64_t grain = has_matrix_unit() ? std::max<int64_t>(1, num_units / num_ranges) : 1;
         parallel_ranges(num_units, grain, [&](int64_t begin, int64_t end) {
             EvenRows rows{};
             for (int64_t unit = begin; unit < end; ++unit) {
@@ -197,10 +201,14 @@ private:
     void multiply(const RowBlock& block, int64_t panel) const {
         static thread_local Scratch scratch;
         if (args_.bias != nullptr) load_bias(args_, layout_, block.group, panel, scratch.bias);
+        // Of a router of few experts a half is padding, which need not come from memory.
+        const bool is_half = !layout_.gated && layout_.columns_of(panel) <= kPanelColumns / 2;
+        const int columns = is_half ? kPanelColumns / 2 : kPanelColumns;
         if (args_.is_packed) {
             const void* packed = packed_panel(block.group, panel);
             for_each_tile(block, [&](int64_t first, int rows) {
-                multiply_tile(block.begin + first, rows, packed, 0, args_.k_dim, scratch.sums);
+                multiply_tile(block.begin + first, rows, columns, packed, 0, args_.k_dim,
+                              scratch.sums);
                 store(block.begin + first, rows, panel, scratch.sums, scratch.bias);
             });
             return;
@@ -210,7 +218,7 @@ private:
             const int64_t k_count = std::min(kPackedK, args_.k_dim - k);
             pack_panel(table_, layout_, source, panel, k, k_count, scratch.panel);
             for_each_tile(block, [&](int64_t first, int rows) {
-                multiply_tile(block.begin + first, rows, scratch.panel, k, k_count,
+                multiply_tile(block.begin + first, rows, columns, scratch.panel, k, k_count,
                               scratch.sums + first * kPanelColumns);
             });
         }
@@ -234,10 +242,14 @@ private:
         }
     }
 
-    void multiply_tile(int64_t first_row, int num_rows, const void* panel, int64_t k_begin,
-                       int64_t k_count, float* sums) const {
-        GemmTile tile{
-            .rows = {}, .panel = panel, .k_dim = k_count, .sums = sums, .accumulate = k_begin > 0};
+    void multiply_tile(int64_t first_row, int num_rows, int num_columns, const void* panel,
+                       int64_t k_begin, int64_t k_count, float* sums) const {
+        GemmTile tile{.rows = {},
+                      .panel = panel,
+                      .k_dim = k_count,
+                      .sums = sums,
+                      .accumulate = k_begin > 0,
+                      .num_columns = num_columns};
         for (int m = 0; m < num_rows; ++m)
             tile.rows[m] =
                 static_cast<const char*>(input_row(first_row + m)) + k_begin * element_bytes_;

@@ -24,8 +24,9 @@ struct GemmTile {
     const void* rows[kMaxTileRows];  ///< each row's first of k_dim elements
     const void* panel;
     int64_t k_dim;
-    float* sums;      ///< [rows][64] float32
-    bool accumulate;  ///< start from `sums` rather than from 0
+    float* sums;                      ///< [rows][64] float32
+    bool accumulate;                  ///< start from `sums` rather than from 0
+    int num_columns = kPanelColumns;  ///< the panel's first 32, or all
 };
 
 /// A product of any number of evenly spaced bfloat16 rows with one panel, as GemmTile lays it out.

@@ -78,6 +78,7 @@ private:
     /// Longest first, so that no thread begins a long one when the others are done.
     std::vector<Item> cut_rows(int64_t& row_blocks) const {
         std::vector<KvSegment> segments;
+        segments.reserve(static_cast<size_t>(args_.cache.num_sequences));
         for_each_segment(args_.cache,
                          [&](const KvSegment& segment) { segments.push_back(segment); });
         std::stable_sort(
@@ -85,6 +86,7 @@ private:
             [](const KvSegment& a, const KvSegment& b) { return a.position > b.position; });
         const int64_t num_units = static_cast<int64_t>(segments.size()) * args_.cache.num_kv_heads;
         std::vector<Item> items;
+        items.reserve(static_cast<size_t>(num_units));
         for (const KvSegment& segment : segments) {
             const int64_t rows = segment.num_tokens * group_;
             int64_t parts = ceil_div(rows, kMaxItemRows);

@@ -19,6 +19,7 @@ public:
     void run() const {
         constexpr int64_t kElementsPerRange = 16 * 1024;
         std::vector<KvSegment> segments;
+        segments.reserve(static_cast<size_t>(args_.cache.num_sequences));
         for_each_segment(args_.cache,
                          [&](const KvSegment& segment) { segments.push_back(segment); });
         if (segments.empty()) return;

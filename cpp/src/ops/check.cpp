@@ -55,14 +55,13 @@ void Check::shape(const char* name, const TensorView& view,
         matches = size == kAny || view.shape[i] == size;
         ++i;
     }
-    if (!matches)
-        that(false, name, " must have shape ", sizes_to_string(sizes), ", got ", to_string(view));
+    if (!matches) that(false, name, " must have shape ", sizes_to_string(sizes), ", got ", view);
 }
 
 void Check::contiguous(const char* name, const TensorView& view) const {
     if (!view.is_contiguous())
         that(false, name, " must be contiguous, got strides ", strides_to_string(view),
-             " for shape ", to_string(view));
+             " for shape ", view);
 }
 
 void Check::rows_contiguous(const char* name, const TensorView& view) const {
@@ -79,7 +78,7 @@ void Check::rows_contiguous(const char* name, const TensorView& view) const {
         that(false, name,
              " must have contiguous rows that do not overlap (last stride 1, row stride at least "
              "the row's length), got strides ",
-             strides_to_string(view), " for shape ", to_string(view));
+             strides_to_string(view), " for shape ", view);
 }
 
 void Check::matrix_strides(const char* name, const TensorView& view) const {
@@ -96,7 +95,7 @@ void Check::matrix_strides(const char* name, const TensorView& view) const {
 
 void Check::device(const char* name, const TensorView& view, Device expected) const {
     if (!(view.device == expected))
-        that(false, name, " must be on ", to_string(expected), ", got ", to_string(view.device));
+        that(false, name, " must be on ", expected, ", got ", view.device);
 }
 
 bool overlap(const TensorView& a, const TensorView& b) {

@@ -16,7 +16,7 @@ void combine(const TensorView& expert_rows, const TensorView& slot_to_row,
     check.rows_contiguous("output", output);
     const int64_t num_tokens = output.shape[0];
     const int64_t hidden_size = output.shape[1];
-    check.that(hidden_size >= 1, "output must have at least one column, got ", to_string(output));
+    check.that(hidden_size >= 1, "output must have at least one column, got ", output);
 
     check.dtype("expert_rows", expert_rows, {DType::kFloat32, DType::kBFloat16});
     check.shape("expert_rows", expert_rows, {Check::kAny, hidden_size});

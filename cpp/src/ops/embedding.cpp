@@ -27,8 +27,7 @@ void embedding(const TensorView& ids, const GroupedGemmWeights& weight, const Te
         check.dtype("weight", plain, {DType::kFloat32, DType::kBFloat16});
         check.shape("weight", plain, {Check::kAny, Check::kAny});
         check.rows_contiguous("weight", plain);
-        check.that(plain.shape[1] >= 1, "weight must have at least one column, got ",
-                   to_string(plain));
+        check.that(plain.shape[1] >= 1, "weight must have at least one column, got ", plain);
         check.no_overlap("output", output, "weight", plain);
         args.weight = plain.data;
         args.weight_stride = plain.strides[0];

@@ -13,7 +13,7 @@ void gather_rows(const TensorView& input, const TensorView& index, const TensorV
     check.dtype("input", input, {DType::kFloat32, DType::kBFloat16});
     check.shape("input", input, {Check::kAny, Check::kAny});
     check.rows_contiguous("input", input);
-    check.that(input.shape[1] >= 1, "input must have at least one column, got ", to_string(input));
+    check.that(input.shape[1] >= 1, "input must have at least one column, got ", input);
     check.dtype("index", index, {DType::kInt32});
     check.shape("index", index, {Check::kAny});
     check.contiguous("index", index);

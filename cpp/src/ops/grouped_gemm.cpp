@@ -23,8 +23,8 @@ WeightSizes describe_weights(const Check& check, const char* name,
         const PackedWeights& packed = *weights.packed;
         check.that(packed.dtype() == dtype, name, " must be ", name_of(dtype),
                    " as the input is, got ", name_of(packed.dtype()));
-        check.that(packed.device() == device, name, " must be on ", to_string(device), ", got ",
-                   to_string(packed.device()));
+        check.that(packed.device() == device, name, " must be on ", device, ", got ",
+                   packed.device());
         check.that(packed.gated() == is_gated(config.activation), name,
                    " must be packed with gated = ", is_gated(config.activation),
                    " for this activation, got gated = ", packed.gated());
@@ -204,8 +204,7 @@ void linear(const TensorView& input, const GroupedGemmWeights& weight, const Ten
     // One matrix [N, K] is a group of one.
     const auto with_group = [&](const char* name, const TensorView& view, int rank) {
         if (!view.defined()) return view;
-        check.that(view.rank == rank, name, " must have ", rank, " dimensions, got ",
-                   to_string(view));
+        check.that(view.rank == rank, name, " must have ", rank, " dimensions, got ", view);
         TensorView grouped = view;
         grouped.rank = rank + 1;
         grouped.shape[0] = 1;

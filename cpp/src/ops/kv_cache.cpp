@@ -14,8 +14,7 @@ void check_tensors(const Check& check, const KvCache& cache, const SequenceBatch
     check.dtype("key_cache", cache.key, {DType::kFloat32, DType::kBFloat16});
     check.shape("key_cache", cache.key, {Check::kAny, Check::kAny, kKvBlockSize * head_dim});
     check.contiguous("key_cache", cache.key);
-    check.that(cache.key.shape[0] >= 1, "key_cache must have at least one head, got ",
-               to_string(cache.key));
+    check.that(cache.key.shape[0] >= 1, "key_cache must have at least one head, got ", cache.key);
     check.dtype("value_cache", cache.value, {cache.key.dtype});
     check.shape("value_cache", cache.value,
                 {cache.key.shape[0], cache.key.shape[1], cache.key.shape[2]});
@@ -102,7 +101,7 @@ void check_head_rows(const Check& check, const char* name, const TensorView& row
                    rows.strides[0] * element % kAlignment == 0 &&
                    rows.strides[1] * element % kAlignment == 0,
                name, " must have its rows at multiples of ", kAlignment, " bytes on CUDA, got ",
-               to_string(rows));
+               rows);
 }
 
 }  // namespace moecore

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "moecore/kernels/kv_cache.hpp"
+#include "moecore/kernels/write_kv_cache.hpp"
 #include "moecore/kv_cache.hpp"
 #include "ops/check.hpp"
 
@@ -15,5 +16,10 @@ KvCacheArgs checked_kv_cache(const Check& check, const char* op, const KvCache& 
 
 /// Rows [T, n, D] as the kernels of the cache's device read and write them.
 void check_head_rows(const Check& check, const char* name, const TensorView& rows);
+
+/// The checks of write_kv_cache.
+WriteKvCacheArgs checked_write_kv_cache(const Check& check, const char* op, const TensorView& key,
+                                        const TensorView& value, const KvCache& cache,
+                                        const SequenceBatch& batch);
 
 }  // namespace moecore

@@ -6,10 +6,11 @@
 
 namespace moecore {
 
-void norm_and_rotate(const TensorView& heads, int64_t num_query_heads, const TensorView& q_weight,
-                     const TensorView& k_weight, float eps, const TensorView& positions,
-                     const TensorView& cos_sin, RotaryPairs pairs, Stream stream) {
-    const Check check("norm_and_rotate");
+NormAndRotateArgs checked_norm_and_rotate(const Check& check, const TensorView& heads,
+                                          int64_t num_query_heads, const TensorView& q_weight,
+                                          const TensorView& k_weight, float eps,
+                                          const TensorView& positions, const TensorView& cos_sin,
+                                          RotaryPairs pairs) {
     check.shape("heads", heads, {Check::kAny, Check::kAny, Check::kAny});
     check.that(num_query_heads >= 0 && num_query_heads <= heads.shape[1],
                "num_query_heads must be in [0, ", heads.shape[1], "], the heads, got ",
@@ -25,6 +26,15 @@ void norm_and_rotate(const TensorView& heads, int64_t num_query_heads, const Ten
         .rotary = checked_rotary_embedding(check, heads, positions, cos_sin, pairs),
     };
     check.dtype("k_weight", k_weight, {q_weight.dtype});
+    return args;
+}
+
+void norm_and_rotate(const TensorView& heads, int64_t num_query_heads, const TensorView& q_weight,
+                     const TensorView& k_weight, float eps, const TensorView& positions,
+                     const TensorView& cos_sin, RotaryPairs pairs, Stream stream) {
+    const NormAndRotateArgs args =
+        checked_norm_and_rotate(Check("norm_and_rotate"), heads, num_query_heads, q_weight,
+                                k_weight, eps, positions, cos_sin, pairs);
     switch (heads.device.type) {
         case DeviceType::kCpu:
             return cpu::norm_and_rotate(args);

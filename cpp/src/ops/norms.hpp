@@ -1,5 +1,6 @@
 #pragma once
 
+#include "moecore/kernels/norm_and_rotate.hpp"
 #include "moecore/kernels/rms_norm.hpp"
 #include "moecore/kernels/rotary_embedding.hpp"
 #include "ops/check.hpp"
@@ -16,5 +17,12 @@ RmsNormArgs checked_rms_norm(const Check& check, const char* input_name, const T
 RotaryEmbeddingArgs checked_rotary_embedding(const Check& check, const TensorView& x,
                                              const TensorView& positions, const TensorView& cos_sin,
                                              RotaryPairs pairs);
+
+/// The checks of norm_and_rotate.
+NormAndRotateArgs checked_norm_and_rotate(const Check& check, const TensorView& heads,
+                                          int64_t num_query_heads, const TensorView& q_weight,
+                                          const TensorView& k_weight, float eps,
+                                          const TensorView& positions, const TensorView& cos_sin,
+                                          RotaryPairs pairs);
 
 }  // namespace moecore

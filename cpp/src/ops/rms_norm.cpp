@@ -28,11 +28,10 @@ RmsNormArgs checked_rms_norm(const Check& check, const char* input_name, const T
                              const TensorView& residual, const TensorView& output) {
     check.dtype(input_name, input, {DType::kFloat32, DType::kBFloat16});
     check.that(input.rank == 2 || input.rank == 3, input_name, " must have 2 or 3 dimensions, got ",
-               to_string(input));
+               input);
     check.rows_contiguous(input_name, input);
     const HeadRows rows = head_rows(input);
-    check.that(rows.width >= 1, input_name, " must have at least one column, got ",
-               to_string(input));
+    check.that(rows.width >= 1, input_name, " must have at least one column, got ", input);
     check.that(std::isfinite(eps) && eps >= 0, "eps must be finite and >= 0, got ", eps);
 
     if (weight.dtype != DType::kFloat32) check.dtype(weight_name, weight, {input.dtype});

@@ -7,13 +7,12 @@
 
 namespace moecore {
 
-void write_kv_cache(const TensorView& key, const TensorView& value, const KvCache& cache,
-                    const SequenceBatch& batch, Stream stream) {
-    constexpr const char* kOp = "write_kv_cache";
-    const Check check(kOp);
+WriteKvCacheArgs checked_write_kv_cache(const Check& check, const char* op, const TensorView& key,
+                                        const TensorView& value, const KvCache& cache,
+                                        const SequenceBatch& batch) {
     check.shape("key", key, {Check::kAny, Check::kAny, Check::kAny});
     const KvCacheArgs cache_args =
-        checked_kv_cache(check, kOp, cache, batch, key.shape[0], key.shape[2]);
+        checked_kv_cache(check, op, cache, batch, key.shape[0], key.shape[2]);
     const auto check_rows = [&](const char* name, const TensorView& rows) {
         check.dtype(name, rows, {cache_args.dtype});
         check.shape(name, rows, {key.shape[0], cache_args.num_kv_heads, key.shape[2]});
@@ -24,7 +23,7 @@ void write_kv_cache(const TensorView& key, const TensorView& value, const KvCach
     };
     check_rows("key", key);
     check_rows("value", value);
-    const WriteKvCacheArgs args{
+    return {
         .key = key.data,
         .value = value.data,
         .key_strides = {key.strides[0], key.strides[1]},
@@ -32,6 +31,12 @@ void write_kv_cache(const TensorView& key, const TensorView& value, const KvCach
         .num_tokens = key.shape[0],
         .cache = cache_args,
     };
+}
+
+void write_kv_cache(const TensorView& key, const TensorView& value, const KvCache& cache,
+                    const SequenceBatch& batch, Stream stream) {
+    constexpr const char* kOp = "write_kv_cache";
+    const WriteKvCacheArgs args = checked_write_kv_cache(Check(kOp), kOp, key, value, cache, batch);
     switch (key.device.type) {
         case DeviceType::kCpu:
             return cpu::write_kv_cache(args);

@@ -35,34 +35,34 @@ constexpr std::pair<const char*, int64_t Hello::*> kCommon[] = {
     {"fixed_tokens", &Hello::fixed_tokens},
 };
 
-[[noreturn]] void fail(Transport& transport, int culprit, const std::string& what) {
-    const std::string message =
+/// Does not abort the group: who has yet to look would be told of this rank, not of the culprit.
+[[noreturn]] void fail(int culprit, const std::string& what) {
+    throw TransportError(
+        culprit, kPhase,
         concat(what,
                ". All ranks must load the same model with the same options, and split its "
-               "experts in the order of ranks; every rank needs a new transport.");
-    transport.abort(message);
-    throw TransportError(culprit, kPhase, message);
+               "experts in the order of ranks; every rank needs a new transport."));
 }
 
 /// All ranks see the same hellos and come to the same conclusion.
-void check_hellos(Transport& transport, const std::vector<Hello>& hellos) {
+void check_hellos(const std::vector<Hello>& hellos) {
     const Hello& first = hellos[0];
     int64_t next_expert = 0;
     for (size_t r = 0; r < hellos.size(); ++r) {
         const Hello& hello = hellos[r];
         for (const auto& [name, field] : kCommon)
             if (hello.*field != first.*field)
-                fail(transport, static_cast<int>(r),
+                fail(static_cast<int>(r),
                      concat("rank ", r, " differs in ", name, " in phase '", kPhase, "': it has ",
                             hello.*field, ", rank 0 has ", first.*field));
         if (hello.first_expert != next_expert)
-            fail(transport, static_cast<int>(r),
+            fail(static_cast<int>(r),
                  concat("rank ", r, " must own the experts from ", next_expert, " on, got ",
                         hello.first_expert, " in phase '", kPhase, "'"));
         next_expert += hello.num_local_experts;
     }
     if (next_expert != first.num_experts)
-        fail(transport, static_cast<int>(hellos.size()) - 1,
+        fail(static_cast<int>(hellos.size()) - 1,
              concat("the ranks must own all ", first.num_experts, " experts, got ", next_expert,
                     " in phase '", kPhase, "'"));
 }
@@ -124,7 +124,7 @@ Agreement agree(Transport& transport, const MoEConfig& config, const ExpertParal
         layout.pack(*routes, num_tokens, mine.routes);
     std::vector<Hello> hellos(static_cast<size_t>(transport.size()));
     transport.all_gather(kPhase, &mine, hellos.data(), sizeof mine);
-    check_hellos(transport, hellos);
+    check_hellos(hellos);
 
     Agreement result;
     bool all_inline = routes != nullptr;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
-#include <vector>
 
 #include "moecore/combine.hpp"
 #include "moecore/error.hpp"
@@ -82,18 +81,16 @@ public:
     }
 
     /// Both GEMMs of the experts of `group`: those of other groups have no rows in its offsets.
-    /// Then packs its results. Even groups may run beside odd ones.
-    void run_experts(int group, Lane lane, Stream stream) {
-        timeline_.span("experts", group, lane, stream, [&] {
+    /// Then packs its results.
+    void run_experts(int group, Stream stream) {
+        timeline_.span("experts", group, Lane::kCompute, stream, [&] {
             const TensorView& offsets = tensors_.group_offsets[static_cast<size_t>(group)];
             const MoEWeights& weights = call_.weights;
-            const TensorView counters =
-                counters_.defined() ? slice(counters_, group % 2 * 2, 2) : counters_;
             grouped_gemm(copies_, weights.gate_up, weights.gate_up_bias, offsets,
                          tensors_.sorted_slots, call_.config.routing.top_k, call_.config.activation,
-                         inner_, stream, counters);
+                         inner_, stream, counters_);
             grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_, stream,
-                         counters, Settled::kWeights);
+                         counters_, Settled::kWeights);
             if (!is_fast())
                 pack(rows_, tensors_.back_rows, plan_.sent_back.before(group),
                      sum(plan_.sent_back.of_group(group)), packed_back_, stream);
@@ -205,7 +202,7 @@ private:
     std::optional<FastReturn> fast_;
     PlanTensors tensors_;
     size_t row_bytes_;
-    TensorView counters_;              ///< of the GEMMs: two of even groups, two of odd ones
+    TensorView counters_;              ///< of the GEMMs
     TensorView copies_;                ///< [copies received, H]
     TensorView inner_, rows_;          ///< [R, I] and [R, H] of this rank's experts
     TensorView back_;                  ///< [results received, H]
@@ -213,37 +210,30 @@ private:
     TensorView packed_, packed_back_;  ///< rows side by side; on CUDA
 };
 
-/// The pipeline: while a group is in its GEMMs later ones arrive and the last one leaves. The
-/// shared expert runs under the first dispatch. `second`: for odd groups, or nullptr.
-void run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, EpResources& resources,
-                  CommLane& lane, SecondStream* second, Stream stream) {
+/// The pipeline: while a group is in its GEMMs the next one arrives and the last one leaves. The
+/// shared expert runs under the first dispatch.
+void run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, Timeline& timeline,
+                  CommLane& lane, Stream stream) {
     const int num_groups = exchange.num_groups();
-    // 1. All tokens leave at once: what comes back first is sent later than the last of them.
+    const auto dispatch = [&](int group) {
+        return lane.submit([&exchange, group](Stream s) { exchange.dispatch(group, s); }, stream);
+    };
     exchange.pack_tokens(stream);
-    if (second != nullptr) second->follow(stream);
-    std::vector<int64_t> arrivals;
-    for (int group = 0; group < num_groups; ++group)
-        arrivals.push_back(
-            lane.submit([&exchange, group](Stream s) { exchange.dispatch(group, s); }, stream));
-
-    // 2. Every group's experts.
+    int64_t arriving = dispatch(0);
     TensorView shared_scale, shared;
     if (call.config.shared_intermediate_size > 0)
-        resources.timeline.span("shared expert", kWhole, Lane::kCompute, stream,
-                                [&] { shared = call.run_shared(shared_scale); });
+        timeline.span("shared expert", kWhole, Lane::kCompute, stream,
+                      [&] { shared = call.run_shared(shared_scale); });
     int64_t leaving = 0;
     for (int group = 0; group < num_groups; ++group) {
-        const bool is_beside = second != nullptr && group % 2 == 1;
-        const Stream own = is_beside ? second->get() : stream;
-        lane.wait(arrivals[static_cast<size_t>(group)], own);
-        exchange.run_experts(group, is_beside ? Lane::kSecondCompute : Lane::kCompute, own);
+        const int64_t arrived = arriving;
+        if (group + 1 < num_groups) arriving = dispatch(group + 1);
+        lane.wait(arrived, stream);
+        exchange.run_experts(group, stream);
         if (!exchange.is_fast())
             leaving =
-                lane.submit([&exchange, group](Stream s) { exchange.send_back(group, s); }, own);
+                lane.submit([&exchange, group](Stream s) { exchange.send_back(group, s); }, stream);
     }
-    if (second != nullptr) second->join(stream);
-
-    // 3. What is left when the last results are there.
     if (exchange.is_fast()) {
         exchange.add_locally(stream);
         leaving = lane.submit([&exchange](Stream s) { exchange.send_back_partial(s); }, stream);
@@ -270,13 +260,8 @@ void run_all_to_all(EpResources& resources, const ExpertParallel::Call& call,
     if (overlaps && resources.side_lane == nullptr)
         resources.side_lane = make_side_lane(resources.transport.device());
     CommLane& lane = overlaps ? *resources.side_lane : *resources.inline_lane;
-    const Device device = resources.transport.device();
-    const bool takes_turns = num_groups > 1 && device.type == DeviceType::kCuda;
-    if (takes_turns && resources.second_stream == nullptr)
-        resources.second_stream = std::make_unique<SecondStream>(device.index);
-    SecondStream* second = takes_turns ? resources.second_stream.get() : nullptr;
     try {
-        run_pipeline(*exchange, call, resources, lane, second, stream);
+        run_pipeline(*exchange, call, resources.timeline, lane, stream);
     } catch (const std::exception& error) {
         // The lane may still be inside a call that reads `exchange`: end that first.
         resources.transport.abort(error.what());

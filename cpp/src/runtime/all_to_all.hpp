@@ -19,8 +19,7 @@ struct EpResources {
     PlanStorage plan_storage;
     DevicePlanStorage device_plan;
     std::unique_ptr<CommLane> inline_lane = make_inline_lane();
-    std::unique_ptr<CommLane> side_lane;          ///< made when a call first overlaps
-    std::unique_ptr<SecondStream> second_stream;  ///< made when a call on a GPU first has groups
+    std::unique_ptr<CommLane> side_lane;  ///< made when a call first overlaps
 
     explicit EpResources(Transport& transport)
         : transport(transport), workspace(transport.device(), 0), device_plan(transport.device()) {}

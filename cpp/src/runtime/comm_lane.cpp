@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "moecore/kernels/device_queue.hpp"
 #include "moecore/kernels/memory.hpp"
 
 namespace moecore {
@@ -119,20 +120,6 @@ private:
 };
 
 }  // namespace
-
-SecondStream::SecondStream(int device) : device_(device), stream_(device), event_(device) {}
-
-void SecondStream::follow(Stream compute) {
-    const cuda::DeviceScope scope(device_);
-    event_.record(compute);
-    cuda::wait_for(stream_.get(), event_.handle());
-}
-
-void SecondStream::join(Stream compute) {
-    const cuda::DeviceScope scope(device_);
-    event_.record(stream_.get());
-    cuda::wait_for(compute, event_.handle());
-}
 
 std::unique_ptr<CommLane> make_inline_lane() { return std::make_unique<InlineLane>(); }
 std::unique_ptr<CommLane> make_side_lane(Device device) {

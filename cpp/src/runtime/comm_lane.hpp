@@ -3,7 +3,6 @@
 #include <functional>
 #include <memory>
 
-#include "moecore/kernels/device_queue.hpp"
 #include "moecore/stream.hpp"
 #include "moecore/tensor_view.hpp"
 
@@ -23,23 +22,6 @@ public:
     /// On the CPU returns when the work is done; on CUDA makes `compute` wait for it. Throws what
     /// the work threw.
     virtual void wait(int64_t ticket, Stream compute) = 0;
-};
-
-/// A second stream for GEMMs. Groups take turns on it and the caller's: while the last tiles of one
-/// group run, those of the next fill the multiprocessors that have none.
-class SecondStream {
-public:
-    explicit SecondStream(int device);
-    Stream get() const { return stream_.get(); }
-    /// It waits for all that `compute` holds by now.
-    void follow(Stream compute);
-    /// `compute` waits for all that it holds by now.
-    void join(Stream compute);
-
-private:
-    int device_;
-    cuda::OwnedStream stream_;
-    cuda::Event event_;
 };
 
 /// Runs work at once, in the caller's thread.

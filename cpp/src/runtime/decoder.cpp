@@ -5,7 +5,6 @@
 #include "moecore/embedding.hpp"
 #include "moecore/paged_attention.hpp"
 #include "moecore/rms_norm.hpp"
-#include "moecore/write_kv_cache.hpp"
 #include "runtime/head_views.hpp"
 #include "runtime/weight_rules.hpp"
 
@@ -95,15 +94,10 @@ void Decoder::forward(const DecoderBatch& batch, const Activations& activations,
     embedding(batch.token_ids, parts_.embedding, a.residual, stream);
     for (size_t i = 0; i < parts_.layers.size(); ++i) {
         const DecoderLayer& layer = *parts_.layers[i];
-        layer.before_attention(activations, batch.positions, batch.cos_sin, i == 0, stream,
-                               Settled::kWeights);
-        const TensorView query = heads_of(a.qkv, 0, config.num_heads, dim);
-        const TensorView key = heads_of(a.qkv, config.num_heads, config.num_kv_heads, dim);
-        const TensorView value =
-            heads_of(a.qkv, config.num_heads + config.num_kv_heads, config.num_kv_heads, dim);
-        write_kv_cache(key, value, parts_.caches[i], sequences, stream);
-        paged_attention(query, parts_.caches[i], sequences, scale,
-                        heads_of(a.attended, 0, config.num_heads, dim), stream);
+        layer.before_attention(activations, batch.positions, batch.cos_sin, parts_.caches[i],
+                               sequences, i == 0, stream, Settled::kWeights);
+        paged_attention(heads_of(a.qkv, 0, config.num_heads, dim), parts_.caches[i], sequences,
+                        scale, heads_of(a.attended, 0, config.num_heads, dim), stream);
         layer.after_attention(activations, workspace, stream, Settled::kWeights);
     }
 

@@ -5,6 +5,7 @@
 #include "moecore/norm_and_rotate.hpp"
 #include "moecore/rms_norm.hpp"
 #include "moecore/rotary_embedding.hpp"
+#include "moecore/rotate_and_cache.hpp"
 #include "runtime/head_views.hpp"
 #include "runtime/weight_rules.hpp"
 
@@ -115,6 +116,12 @@ void DecoderLayer::check_call(const Activations& activations) const {
         fits("inner", a.inner, config_.intermediate_size);
 }
 
+/// One call with the rotation only where both norms store in one dtype, which the operators ask
+/// for.
+bool DecoderLayer::normalises_heads_alike() const {
+    return config_.qk_norm == QkNorm::kPerHead && weights_.q_norm.dtype == weights_.k_norm.dtype;
+}
+
 void DecoderLayer::normalise_heads(const ActivationTensors& a, Stream stream) const {
     TensorView query = heads_of(a.qkv, 0, config_.num_heads, config_.head_dim);
     TensorView key = heads_of(a.qkv, config_.num_heads, config_.num_kv_heads, config_.head_dim);
@@ -147,14 +154,28 @@ void DecoderLayer::before_attention(const Activations& activations, const Tensor
     project(a, is_first, stream, settled);
     const TensorView rotated =
         heads_of(a.qkv, 0, config_.num_heads + config_.num_kv_heads, config_.head_dim);
-    // One call only where both norms store in one dtype, which the operator asks for.
-    if (config_.qk_norm == QkNorm::kPerHead && weights_.q_norm.dtype == weights_.k_norm.dtype) {
+    if (normalises_heads_alike()) {
         norm_and_rotate(rotated, config_.num_heads, weights_.q_norm, weights_.k_norm,
                         config_.rms_norm_eps, positions, cos_sin, RotaryPairs::kHalves, stream);
         return;
     }
     if (config_.qk_norm != QkNorm::kNone) normalise_heads(a, stream);
     rotary_embedding(rotated, positions, cos_sin, RotaryPairs::kHalves, stream);
+}
+
+void DecoderLayer::before_attention(const Activations& activations, const TensorView& positions,
+                                    const TensorView& cos_sin, const KvCache& cache,
+                                    const SequenceBatch& sequences, bool is_first, Stream stream,
+                                    Settled settled) const {
+    check_call(activations);
+    const ActivationTensors& a = activations.tensors();
+    project(a, is_first, stream, settled);
+    const bool alike = normalises_heads_alike();
+    if (!alike && config_.qk_norm != QkNorm::kNone) normalise_heads(a, stream);
+    rotate_and_cache(
+        heads_of(a.qkv, 0, config_.num_heads + 2 * config_.num_kv_heads, config_.head_dim),
+        alike ? weights_.q_norm : TensorView{}, alike ? weights_.k_norm : TensorView{},
+        config_.rms_norm_eps, positions, cos_sin, RotaryPairs::kHalves, cache, sequences, stream);
 }
 
 void DecoderLayer::after_attention(const Activations& activations, Workspace& workspace,

@@ -77,9 +77,8 @@ MoELayer::MoELayer(const MoEConfig& config, const MoEWeights& weights, ExpertPar
     kCheck.that(!gathers || how.combine == CombineMode::kExact,
                 "combine must be exact with the all-gather schedule, got fast");
     const Device device = device_of(weights.gate_up);
-    kCheck.that(device == ranks.transport().device(), "transport must be one of ",
-                to_string(device), ", where the weights are, got one of ",
-                to_string(ranks.transport().device()));
+    kCheck.that(device == ranks.transport().device(), "transport must be one of ", device,
+                ", where the weights are, got one of ", ranks.transport().device());
     ranks_ = &ranks;
     how_ = how;
 }
@@ -89,6 +88,8 @@ void MoELayer::guarded(Body&& body) const {
     if (ranks_ == nullptr) return body();
     try {
         body();
+    } catch (const TransportError&) {
+        throw;  // of the group as a whole: the others have an error that names the same rank
     } catch (const std::exception& error) {
         ranks_->transport().abort(error.what());
         throw;

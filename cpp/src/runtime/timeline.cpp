@@ -63,10 +63,9 @@ std::string Timeline::chrome_trace(int rank) {
         char times[96];
         std::snprintf(times, sizeof times, "\"ts\":%.3f,\"dur\":%.3f", span.begin_us,
                       span.end_us - span.begin_us);
-        json +=
-            concat(json.empty() ? "" : ",\n", "{\"ph\":\"X\",\"name\":\"", span.name, group,
-                   "\",\"cat\":\"", is_communication ? "communication" : "compute",
-                   "\",\"pid\":", rank, ",\"tid\":", static_cast<int>(span.lane), ",", times, "}");
+        json += concat(json.empty() ? "" : ",\n", "{\"ph\":\"X\",\"name\":\"", span.name, group,
+                       "\",\"cat\":\"", is_communication ? "communication" : "compute",
+                       "\",\"pid\":", rank, ",\"tid\":", is_communication ? 1 : 0, ",", times, "}");
     }
     return json;
 }

@@ -14,7 +14,7 @@ namespace moecore {
 /// When the phases of layers ran, on which lane. Off by default, and then free. Thread-safe.
 class Timeline {
 public:
-    enum class Lane : uint8_t { kCompute, kCommunication, kSecondCompute };  ///< a trace's rows
+    enum class Lane : uint8_t { kCompute, kCommunication };
 
     /// Forgets what was recorded and records from now on; `device` tells whose time counts.
     void start(Device device);

@@ -255,7 +255,7 @@ std::unique_ptr<Transport> make_nccl_transport(NcclOptions options) {
             "make_nccl_transport: rank must be in [0, size), got ", options.rank, " with size ",
             options.size);
     require(options.device.type == DeviceType::kCuda,
-            "make_nccl_transport: device must be a GPU, got ", to_string(options.device));
+            "make_nccl_transport: device must be a GPU, got ", options.device);
     require(options.hosts == nullptr ||
                 (options.hosts->rank() == options.rank && options.hosts->size() == options.size),
             "make_nccl_transport: hosts must have the same rank and size");

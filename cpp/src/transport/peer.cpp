@@ -106,11 +106,13 @@ public:
                  for (int r = 0; r < rank(); ++r) first += counts[r];
                  for (size_t r = 0; r < source; ++r) arriving += recv.counts[r];
                  const auto me = static_cast<size_t>(rank());
-                 if (counts[me] != recv.counts[source])
-                     throw TransportError(
-                         static_cast<int>(source), phase,
+                 if (counts[me] != recv.counts[source]) {
+                     const std::string what =
                          concat("rank ", source, " is out of step in phase '", phase, "': it sent ",
-                                counts[me], " rows, expected ", recv.counts[source]));
+                                counts[me], " rows, expected ", recv.counts[source]);
+                     abort(what);
+                     throw TransportError(static_cast<int>(source), phase, what);
+                 }
                  add_copy(static_cast<char*>(recv.data) + static_cast<size_t>(arriving) * row_bytes,
                           theirs + static_cast<size_t>(first) * row_bytes,
                           static_cast<size_t>(counts[me]) * row_bytes);
@@ -223,9 +225,9 @@ std::unique_ptr<Transport> make_peer_transport(PeerOptions options) {
     require(options.hosts != nullptr, "make_peer_transport: hosts must be given, got none");
     require(options.hosts->device().type == DeviceType::kCpu,
             "make_peer_transport: hosts must be a transport of host memory, got one of ",
-            to_string(options.hosts->device()));
+            options.hosts->device());
     require(options.device.type == DeviceType::kCuda,
-            "make_peer_transport: device must be a GPU, got ", to_string(options.device));
+            "make_peer_transport: device must be a GPU, got ", options.device);
     auto transport = std::make_unique<PeerTransport>(std::move(options), "peer");
     transport->meet();
     return transport;

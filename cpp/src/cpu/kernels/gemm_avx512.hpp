@@ -40,25 +40,33 @@ inline int32_t load_pair(const uint16_t* p, bool both) {
     return static_cast<int32_t>(pair);
 }
 
-template <int kRows>
-void tile_f32(const GemmTile& tile) {
+template <int kRows, int kVectors>
+void multiply_f32(const GemmTile& tile) {
     const float* line = static_cast<const float*>(tile.panel);
     const float* row[kRows];
     for (int m = 0; m < kRows; ++m) row[m] = static_cast<const float*>(tile.rows[m]);
-    __m512 sum[kRows][kPanelVectors];
-    load_sums<kRows, kPanelVectors>(tile, 0, sum);
+    __m512 sum[kRows][kVectors];
+    load_sums<kRows, kVectors>(tile, 0, sum);
     for (int64_t k = 0; k < tile.k_dim; ++k, line += kPanelColumns) {
-        __m512 w[kPanelVectors];
+        __m512 w[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kPanelVectors; ++v) w[v] = _mm512_loadu_ps(line + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) w[v] = _mm512_loadu_ps(line + v * kLanes);
 #pragma GCC unroll 6
         for (int m = 0; m < kRows; ++m) {
             const __m512 x = _mm512_set1_ps(row[m][k]);
 #pragma GCC unroll 4
-            for (int v = 0; v < kPanelVectors; ++v) sum[m][v] = _mm512_fmadd_ps(x, w[v], sum[m][v]);
+            for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm512_fmadd_ps(x, w[v], sum[m][v]);
         }
     }
-    store_sums<kRows, kPanelVectors>(tile, 0, sum);
+    store_sums<kRows, kVectors>(tile, 0, sum);
+}
+
+template <int kRows>
+void tile_f32(const GemmTile& tile) {
+    if (tile.num_columns == kPanelColumns)
+        multiply_f32<kRows, kPanelVectors>(tile);
+    else
+        multiply_f32<kRows, kPanelVectors / 2>(tile);
 }
 
 }  // namespace

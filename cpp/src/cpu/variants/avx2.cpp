@@ -35,7 +35,7 @@ template <int kRows>
 void tile_bf16(const GemmTile& tile) {
     const int64_t num_pairs = (tile.k_dim + 1) / 2;
     const int64_t whole_pairs = tile.k_dim / 2;
-    for (int block = 0; block < kPanelColumns; block += kBlockColumns) {
+    for (int block = 0; block < tile.num_columns; block += kBlockColumns) {
         __m256 sum[kRows][2];
         for (int m = 0; m < kRows; ++m)
             for (int h = 0; h < 2; ++h)
@@ -68,7 +68,7 @@ void tile_bf16(const GemmTile& tile) {
 
 template <int kRows>
 void tile_f32(const GemmTile& tile) {
-    for (int block = 0; block < kPanelColumns; block += kBlockColumns) {
+    for (int block = 0; block < tile.num_columns; block += kBlockColumns) {
         __m256 sum[kRows][2];
         for (int m = 0; m < kRows; ++m)
             for (int h = 0; h < 2; ++h)

@@ -29,7 +29,7 @@ void tile_bf16(const GemmTile& tile) {
     constexpr int kVectors = 2;
     const int64_t num_pairs = (tile.k_dim + 1) / 2;
     const int64_t whole_pairs = tile.k_dim / 2;
-    for (int block = 0; block < kPanelColumns; block += kVectors * kLanes) {
+    for (int block = 0; block < tile.num_columns; block += kVectors * kLanes) {
         __m512 sum[kRows][kVectors];
         load_sums<kRows, kVectors>(tile, block, sum);
         const uint16_t* line = static_cast<const uint16_t*>(tile.panel) + 2 * block;

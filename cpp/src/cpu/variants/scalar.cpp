@@ -25,12 +25,12 @@ void tile_bf16(const GemmTile& tile) {
         const uint16_t* x = static_cast<const uint16_t*>(tile.rows[row]);
         float* sums = tile.sums + row * kPanelColumns;
         if (!tile.accumulate)
-            for (int c = 0; c < kPanelColumns; ++c) sums[c] = 0.0f;
+            for (int c = 0; c < tile.num_columns; ++c) sums[c] = 0.0f;
         for (int64_t k = 0; k < tile.k_dim; ++k) {
             // A product of two bfloat16 is exact in float32: the sum rounds once, as fma would.
             const uint16_t* line = panel + k / 2 * 2 * kPanelColumns + k % 2;
             const float factor = widen(x[k]);
-            for (int c = 0; c < kPanelColumns; ++c) sums[c] += factor * widen(line[2 * c]);
+            for (int c = 0; c < tile.num_columns; ++c) sums[c] += factor * widen(line[2 * c]);
         }
     }
 }
@@ -42,9 +42,10 @@ void tile_f32(const GemmTile& tile) {
         const float* x = static_cast<const float*>(tile.rows[row]);
         float* sums = tile.sums + row * kPanelColumns;
         if (!tile.accumulate)
-            for (int c = 0; c < kPanelColumns; ++c) sums[c] = 0.0f;
+            for (int c = 0; c < tile.num_columns; ++c) sums[c] = 0.0f;
         for (int64_t k = 0; k < tile.k_dim; ++k)
-            for (int c = 0; c < kPanelColumns; ++c) sums[c] += x[k] * panel[k * kPanelColumns + c];
+            for (int c = 0; c < tile.num_columns; ++c)
+                sums[c] += x[k] * panel[k * kPanelColumns + c];
     }
 }
 
