@@ -28,7 +28,12 @@ build() {
         --config-settings=cmake.define.MOECORE_CUDA=ON
     (cd "$out" && "$python" -m moecore doctor) || true  # it says what is missing, too
 }
-tests() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
+tests() {
+    "$python" -m pytest -q -p no:cacheprovider "$@"
+    echo "the kernel of GPUs before Hopper"
+    MOECORE_CUDA_GEMM=sm80 "$python" -m pytest -q -p no:cacheprovider -k cuda \
+        tests/test_grouped_gemm*.py tests/test_moe_layer.py
+}
 model() {
     for device in cpu cuda; do
         (cd "$out" && "$python" -m moecore generate "Once upon a time" --device "$device" --verbose \
@@ -45,6 +50,11 @@ sanitizer() {
         compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tests/gpu_smoke.py >"$out/$tool.log" 2>&1 ||
             { tail -30 "$out/$tool.log"; return 1; }
         tail -1 "$out/$tool.log"
+        printf '%s of the kernel of GPUs before Hopper: ' "$tool"
+        MOECORE_CUDA_GEMM=sm80 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" \
+            tests/gpu_smoke.py grouped_gemm >"$out/$tool-sm80.log" 2>&1 ||
+            { tail -30 "$out/$tool-sm80.log"; return 1; }
+        tail -1 "$out/$tool-sm80.log"
     done
 }
 bench() {

@@ -1,4 +1,9 @@
-"""Every CUDA kernel once on small sizes, for compute-sanitizer; prints nothing if all is well."""
+"""Every CUDA kernel once on small sizes, for compute-sanitizer; prints nothing if all is well.
+
+With the argument grouped_gemm, the grouped GEMM alone, whose kernel MOECORE_CUDA_GEMM chooses.
+"""
+
+import sys
 
 import torch
 
@@ -8,6 +13,15 @@ from moecore import ops
 
 def main() -> None:
     torch.manual_seed(0)
+    if sys.argv[1:] == ["grouped_gemm"]:
+        run_grouped_gemm()
+        run_tensor_core_layer()
+    else:
+        run_all()
+    torch.cuda.synchronize()
+
+
+def run_all() -> None:
     experts, top_k, hidden, inner = 9, 3, 70, 45
     for dtype in (torch.float32, torch.bfloat16):
         gate_up = torch.randn(experts, 2 * inner, hidden).to(dtype).cuda()
@@ -34,10 +48,10 @@ def main() -> None:
             logits = torch.randn(num_tokens, experts).cuda()
             assert layer(x, logits).isfinite().all()
         run_decoder_ops(dtype)
+    run_grouped_gemm()
     run_tensor_core_layer()
     run_model()
     run_attention()
-    torch.cuda.synchronize()
 
 
 def run_decoder_ops(dtype: torch.dtype) -> None:
@@ -51,6 +65,24 @@ def run_decoder_ops(dtype: torch.dtype) -> None:
         heads = x.view(num_tokens, 3, 24)
         ops.rotary_embedding(heads, ids.int(), angles)
         assert heads.isfinite().all()
+
+
+def run_grouped_gemm() -> None:
+    """K of less than a block, and of several; outputs that are aligned and that are not."""
+    for k_dim in (8, 72, 264):
+        for num_rows in (1, 40, 130):
+            x = torch.randn(num_rows, k_dim).bfloat16().cuda()
+            weights = torch.randn(2, 272, k_dim).bfloat16().cuda()
+            bias = torch.randn(2, 272).cuda()
+            offsets = torch.tensor([0, num_rows // 3, num_rows]).cuda()
+            for activation in ("none", "swiglu", "clamped_swiglu", "gelu_tanh"):
+                width = 272 if activation == "none" else 136
+                for dtype, shift in ((torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float32, 1)):
+                    memory = torch.zeros(num_rows, width + 8, dtype=dtype, device="cuda")
+                    out = memory[:, shift : shift + width]
+                    config = ops.GroupedGemmConfig(activation=activation, interleaved=shift == 1)
+                    ops.grouped_gemm(x, weights, offsets, bias=bias, config=config, out=out)
+                    assert out.isfinite().all()
 
 
 def run_tensor_core_layer() -> None:

@@ -20,6 +20,20 @@ __device__ inline void copy_async(uint32_t shared, const void* source, bool exis
                  : "memory");
 }
 
+/// The same where `wanted`, without a branch.
+__device__ inline void copy_async_if(bool wanted, uint32_t shared, const void* source,
+                                     bool exists) {
+    const int bytes = exists ? 16 : 0;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.s32 p, %3, 0;\n"
+        "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n"
+        "}" ::"r"(shared),
+        "l"(source), "r"(bytes), "r"(static_cast<int>(wanted))
+        : "memory");
+}
+
 /// Ends a group of copies.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -56,16 +70,31 @@ __device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uin
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/// Of an 8 x 8 matrix of 16-bit elements: lane l holds elements (l / 4, l % 4 * 2) and the next,
+/// and gets elements (l % 4 * 2, l / 4) and the one below.
+__device__ inline uint32_t transpose(uint32_t elements) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
+                 : "=r"(transposed)
+                 : "r"(elements));
+    return transposed;
+}
+
 /// Two floats as bfloat16, the first in the low half.
 __device__ inline uint32_t pack_bfloat16(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-/// 2^x, approximately; 0 for -infinity.
+/// 2^x and 1 / x to about 2 units in the last place. Subnormal results and arguments count as 0.
 __device__ inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -225,18 +225,4 @@ __device__ inline uint4 load_shared(uint32_t address) {
     return data;
 }
 
-// --- Arithmetic ---------------------------------------------------------------------------------
-
-/// 2^x and 1 / x to about 2 units in the last place. Subnormal results and arguments count as 0.
-__device__ inline float fast_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline float fast_reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 }  // namespace moecore::cuda::ptx

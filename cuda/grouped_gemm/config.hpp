@@ -54,9 +54,16 @@ constexpr GemmConfig with_stages(GemmKernel kernel, int max_tokens, int sharing)
 
 /// As many row tiles as stay in L2 between one weight tile and the next: every one is then read
 /// from memory once, and weights once for so many tiles.
-constexpr int row_tiles_in_cache(int max_tokens, int64_t k_dim) {
-    constexpr int64_t kCacheBytes = 16 << 20;  // of an H100's 50 MB, of which a half is near
-    return static_cast<int>(std::clamp<int64_t>(kCacheBytes / (2 * max_tokens * k_dim), 1, 16));
+constexpr int row_tiles_in_cache(int max_tokens, int64_t k_dim, int64_t cache_bytes) {
+    return static_cast<int>(std::clamp<int64_t>(cache_bytes / (2 * max_tokens * k_dim), 1, 16));
+}
+
+/// Rows of a group, and room for the usual spread of a random routing.
+constexpr int64_t likely_rows(const GemmProblem& problem) {
+    const int64_t mean = std::max<int64_t>(1, problem.num_rows / problem.num_groups);
+    int64_t deviation = 0;
+    while (deviation * deviation < mean) ++deviation;
+    return std::min(problem.num_rows, mean + 3 * deviation);
 }
 
 /// Whether slim tiles of every group that may have rows run at the same time, two to a
@@ -72,11 +79,8 @@ constexpr bool slim_is_better(const GemmProblem& problem) {
 /// Tiles for a problem that the sm_90a kernels can take. Rows are taken to be spread evenly: a
 /// group with more rows than `max_tokens` costs time, not correctness.
 constexpr GemmConfig choose_config(const GemmProblem& problem) {
-    // Rows of a group, and room for the usual spread of a random routing.
-    const int64_t mean = std::max<int64_t>(1, problem.num_rows / problem.num_groups);
-    int64_t deviation = 0;
-    while (deviation * deviation < mean) ++deviation;
-    const int64_t likely = std::min(problem.num_rows, mean + 3 * deviation);
+    constexpr int64_t kCacheBytes = 16 << 20;  // of an H100's 50 MB, of which a half is near
+    const int64_t likely = likely_rows(problem);
     if (likely <= 64) {
         const int max_tokens = std::max(static_cast<int>((likely + 7) / 8 * 8), 8);
         const bool is_slim = max_tokens <= 32 && slim_is_better(problem);
@@ -86,7 +90,8 @@ constexpr GemmConfig choose_config(const GemmProblem& problem) {
     const int max_tokens = static_cast<int>(std::clamp<int64_t>((likely + 31) / 32 * 32, 96, 192));
     // A pair splits the rows of a group in two, or four, or six: with two tiles to split anyway.
     const GemmKernel kernel = likely <= 384 ? GemmKernel::kWide : GemmKernel::kPair;
-    return with_stages(kernel, max_tokens, row_tiles_in_cache(max_tokens, problem.k_dim));
+    return with_stages(kernel, max_tokens,
+                       row_tiles_in_cache(max_tokens, problem.k_dim, kCacheBytes));
 }
 
 }  // namespace moecore::cuda

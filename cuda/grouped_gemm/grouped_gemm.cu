@@ -1,6 +1,6 @@
 // Grouped GEMM: chooses the kernel.
 //
-//   reads, writes  as the kernel says: sm90.cu, thin.cu, simple.cu
+//   reads, writes  as the kernel says: sm90.cu, thin.cu, sm80.cu, simple.cu
 //
 // No kernel of its own, any architecture.
 
@@ -9,22 +9,28 @@
 
 #include "common/launch.cuh"
 #include "grouped_gemm/simple.hpp"
+#include "grouped_gemm/sm80.hpp"
 #include "grouped_gemm/sm90.hpp"
+#include "grouped_gemm/tensor_cores.hpp"
 #include "grouped_gemm/thin.hpp"
 
 namespace moecore::cuda {
 namespace {
 
-/// MOECORE_CUDA_GEMM=simple takes the reference kernel everywhere, to compare with.
-bool wants_simple() {
-    static const bool wanted = [] {
-        const char* name = std::getenv("MOECORE_CUDA_GEMM");
-        if (name == nullptr || *name == '\0' || std::string_view(name) == "auto") return false;
-        require(std::string_view(name) == "simple",
-                "MOECORE_CUDA_GEMM must be auto or simple, got ", name);
-        return true;
+enum class Choice : uint8_t { kAuto, kSimple, kSm80 };
+
+/// MOECORE_CUDA_GEMM=simple takes the reference kernel everywhere, to compare with; sm80 takes that
+/// of older GPUs on Hopper.
+Choice chosen() {
+    static const Choice choice = [] {
+        const char* value = std::getenv("MOECORE_CUDA_GEMM");
+        const std::string_view name = value == nullptr ? "" : value;
+        if (name.empty() || name == "auto") return Choice::kAuto;
+        if (name == "sm80") return Choice::kSm80;
+        require(name == "simple", "MOECORE_CUDA_GEMM must be auto, simple or sm80, got ", name);
+        return Choice::kSimple;
     }();
-    return wanted;
+    return choice;
 }
 
 }  // namespace
@@ -41,9 +47,10 @@ void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
           "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device),
           "cudaDeviceGetAttribute");
-    const bool is_hopper = major == 9 && minor == 0;
-    if (!is_hopper || wants_simple() || sm90::why_not(args) != nullptr)
+    if (chosen() == Choice::kSimple || why_no_tensor_cores(args) != nullptr)
         return simple_grouped_gemm(args, stream);
+    const bool is_hopper = major == 9 && minor == 0;
+    if (!is_hopper || chosen() == Choice::kSm80) return sm80::grouped_gemm(args, stream);
     const GemmProblem problem{
         .num_rows = args.num_rows,
         .num_groups = args.num_groups,

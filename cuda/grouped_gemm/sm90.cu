@@ -15,6 +15,7 @@
 #include <array>
 
 #include "grouped_gemm/sm90_kernel.cuh"
+#include "grouped_gemm/tensor_cores.hpp"
 #include "grouped_gemm/tensor_map.hpp"
 
 namespace moecore::cuda::sm90 {
@@ -117,26 +118,6 @@ void launch_shape(const GroupedGemmArgs& args, const GemmConfig& config, Stream 
 }
 
 }  // namespace
-
-const char* why_not(const GroupedGemmArgs& args) {
-    constexpr int64_t kMostRows = int64_t{1} << 31;
-    if (args.dtype != DType::kBFloat16) return "input and weights are not bfloat16";
-    if (args.k_stride != 1) return "K is not the contiguous dimension of weights";
-    if (args.num_input_rows == 0) return "input has no rows";
-    if (args.k_dim % 8 != 0) return "K is not a multiple of 8";
-    if (args.n % (is_gated(args.config.activation) ? 16 : 8) != 0)
-        return "the output's width is not a multiple of 8";
-    if (!is_multiple_of_16(args.weights) || !is_multiple_of_16(args.input))
-        return "the address of input or weights is not a multiple of 16";
-    if (args.n_stride % 8 != 0 || args.group_stride % 8 != 0 || args.input_stride % 8 != 0)
-        return "a stride of input or weights is not a multiple of 8 elements";
-    if (args.num_rows >= kMostRows || args.num_input_rows >= kMostRows || args.n >= kMostRows ||
-        args.k_dim >= kMostRows / 2 || args.input_stride >= kMostRows / 2)
-        return "a size is 2^30 or more";
-    if (args.num_input_rows * args.input_stride >= int64_t{1} << 34)
-        return "input spans 2^34 elements or more";
-    return nullptr;
-}
 
 void grouped_gemm(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream) {
     if (config.kernel == GemmKernel::kPair) return launch_shape<Pair>(args, config, stream);

@@ -6,51 +6,11 @@
 
 #include <cuda_bf16.h>
 
+#include "common/mma_sm80.cuh"
+#include "grouped_gemm/epilogue.cuh"
 #include "grouped_gemm/sm90_stages.cuh"
 
 namespace moecore::cuda::sm90 {
-
-/// x * sigmoid(scale * x), for a result that rounds to a few units of float32.
-__device__ inline float times_sigmoid(float x, float scale) {
-    constexpr float kLog2e = 1.4426950408889634f;
-    const float power = ptx::fast_exp2(x * (-kLog2e * scale));
-    return x * ptx::fast_reciprocal(1.0f + power);
-}
-
-/// The activations as functors of gate and up.
-template <Activation kActivation>
-struct Epilogue;
-
-template <>
-struct Epilogue<Activation::kSwiglu> {
-    __device__ explicit Epilogue(const GroupedGemmConfig&) {}
-    __device__ float operator()(float gate, float up) const {
-        return times_sigmoid(gate, 1.0f) * up;
-    }
-};
-
-template <>
-struct Epilogue<Activation::kClampedSwiglu> {
-    __device__ explicit Epilogue(const GroupedGemmConfig& config) : config(config) {}
-    /// NaN passes through both clamps.
-    __device__ float operator()(float gate, float up) const {
-        gate = config.limit < gate ? config.limit : gate;
-        up = config.limit < up ? config.limit : up;
-        up = up < -config.limit ? -config.limit : up;
-        return times_sigmoid(gate, config.alpha) * (up + config.up_offset);
-    }
-    const GroupedGemmConfig& config;
-};
-
-template <>
-struct Epilogue<Activation::kGeluTanh> {
-    __device__ explicit Epilogue(const GroupedGemmConfig&) {}
-    /// 0.5 * g * (1 + tanh(z)) is g * sigmoid(2 z), z = sqrt(2 / pi) * (g + 0.044715 g^3).
-    __device__ float operator()(float gate, float up) const {
-        const float inner = fmaf(0.044715f * gate * gate, 1.5957691216057308f, 1.5957691216057308f);
-        return times_sigmoid(gate, inner) * up;
-    }
-};
 
 /// Where a thread's sums belong.
 template <bool kIsGated, typename Shape>
@@ -80,26 +40,10 @@ __device__ void load_bias(const GroupedGemmArgs& args, const Tile& tile,
     for (int block = 0; block < Shape::kBlocks; ++block) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int column = place.column(block, half);
-            const int features = static_cast<int>(args.n / 2);
-            int64_t row = column;
-            if (kIsGated)
-                row = args.config.gate_order == GateOrder::kInterleaved ? 2 * column + half
-                                                                        : column + half * features;
-            bias[block][half] = 0.0f;
-            if (args.bias == nullptr || column >= (kIsGated ? features : args.n)) continue;
-            const int64_t offset = tile.group * args.bias_stride + row;
             bias[block][half] =
-                args.bias_dtype == DType::kBFloat16
-                    ? __bfloat162float(static_cast<const __nv_bfloat16*>(args.bias)[offset])
-                    : static_cast<const float*>(args.bias)[offset];
+                bias_of<kIsGated>(args, tile.group, place.column(block, half), half);
         }
     }
-}
-
-__device__ inline uint32_t to_bfloat16_pair(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 /// Rounds to bfloat16 and stores through `staging`, memory of this warpgroup alone: 128 bytes for
@@ -139,8 +83,8 @@ __device__ void store_bfloat16(const Params& params, const Tile& tile,
                     uint32_t fragment[4];
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        fragment[i] = to_bfloat16_pair(value(block, half, row / 8 + i, 0),
-                                                       value(block, half, row / 8 + i, 1));
+                        fragment[i] = pack_bfloat16(value(block, half, row / 8 + i, 0),
+                                                    value(block, half, row / 8 + i, 1));
                     const int piece =
                         kIsGated ? block * 4 + place.warp : block * 8 + place.warp * 2 + half;
                     ptx::store_transposed(piece_address(round % 2, part * 32 + place.lane, piece),

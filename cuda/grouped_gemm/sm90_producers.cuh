@@ -43,7 +43,7 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
     // Pairs have long to run, and no registers for this.
     bool must_wait = Shape::kCluster == 1 && params.begins_early;
     int index = static_cast<int>(blockIdx.x) / Shape::kCluster;
-    while (walker.find(index, tile)) {
+    while (walker.find(params.grid, index, tile)) {
         index += num_clusters;
         if (is_leader) {
             const int row_boxes = params.copies_rows ? ceil_div(tile.num_rows, kBoxRows) : 0;
@@ -110,7 +110,8 @@ __device__ void produce_rows(const Params& params, Stage stage, ClaimQueue& clai
     ClaimPlace<Shape::kCluster> claim(claims);
     const int num_clusters = static_cast<int>(gridDim.x) / Shape::kCluster;
     Tile tile;
-    for (int index = static_cast<int>(blockIdx.x) / Shape::kCluster; walker.find(index, tile);
+    for (int index = static_cast<int>(blockIdx.x) / Shape::kCluster;
+         walker.find(params.grid, index, tile);
          index = params.claims_tiles ? claim.take() : index + num_clusters) {
         // 1. Look up this thread's rows, in 16 bytes from the start of input.
         uint32_t source[kPasses];

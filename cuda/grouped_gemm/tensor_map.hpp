@@ -3,7 +3,6 @@
 // A tensor as Hopper's copy engine sees it.
 
 #include <array>
-#include <bit>
 #include <cstdint>
 
 #include "common/driver.hpp"
@@ -30,10 +29,6 @@ CUtensorMap encode_map(const void* data, const std::array<cuuint64_t, kRank>& si
         throw CudaError(concat("grouped_gemm: cuTensorMapEncodeTiled failed with error ",
                                static_cast<int>(result), " for ", name, " [", n, ", ", k_dim, "]"));
     return map;
-}
-
-inline bool is_multiple_of_16(const void* pointer) {
-    return std::bit_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
 }  // namespace moecore::cuda::sm90

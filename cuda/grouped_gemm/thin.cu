@@ -13,6 +13,7 @@
 
 #include <array>
 
+#include "grouped_gemm/tensor_cores.hpp"
 #include "grouped_gemm/tensor_map.hpp"
 #include "grouped_gemm/thin_kernel.cuh"
 

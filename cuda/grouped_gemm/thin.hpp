@@ -10,7 +10,8 @@ namespace moecore::cuda::sm90 {
 /// by side, K a multiple of 64.
 bool is_thin(const GroupedGemmArgs& args);
 
-/// The thin kernel, on the current device. REQUIRES: is_thin(args), and why_not(args) == nullptr.
+/// The thin kernel, on the current device. REQUIRES: is_thin(args), and why_no_tensor_cores(args)
+/// == nullptr.
 void thin_gemm(const GroupedGemmArgs& args, const ThinConfig& config, Stream stream);
 
 }  // namespace moecore::cuda::sm90

@@ -46,16 +46,8 @@ __device__ void thin_bias(const GroupedGemmArgs& args, int first_column, int lan
                           float (&bias)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        bias[half] = 0.0f;
         const int64_t column = first_column + lane / 4 + (kIsGated ? 0 : half * 8);
-        if (args.bias == nullptr || column >= (kIsGated ? args.n / 2 : args.n)) continue;
-        int64_t row = column;
-        if (kIsGated)
-            row = args.config.gate_order == GateOrder::kInterleaved ? 2 * column + half
-                                                                    : column + half * (args.n / 2);
-        bias[half] = args.bias_dtype == DType::kBFloat16
-                         ? __bfloat162float(static_cast<const __nv_bfloat16*>(args.bias)[row])
-                         : static_cast<const float*>(args.bias)[row];
+        bias[half] = bias_of<kIsGated>(args, 0, column, half);
     }
 }
 
@@ -80,7 +72,7 @@ __device__ void thin_store_bfloat16(const ThinParams& params, const ThinPlace<kI
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 fragment[i] =
-                    to_bfloat16_pair(value(piece, part * 4 + i, 0), value(piece, part * 4 + i, 1));
+                    pack_bfloat16(value(piece, part * 4 + i, 0), value(piece, part * 4 + i, 1));
             ptx::store_transposed(piece_address(part * 32 + lane, piece), fragment);
         }
     }

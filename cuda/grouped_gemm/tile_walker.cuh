@@ -7,7 +7,7 @@
 #include "common/cluster.cuh"
 #include "common/launch.cuh"
 
-namespace moecore::cuda::sm90 {
+namespace moecore::cuda {
 
 /// What a block computes at a time: `num_rows` rows of one group from `first_row` on, times one
 /// tile of weight rows.
@@ -34,25 +34,28 @@ struct TileGrid {
 /// a cluster take as many neighbouring row tiles at a time: their number is a multiple of it, and
 /// the last may be empty. What is counted are such sets.
 ///
-/// Held by a warp: lane l knows kGroupsPerLane neighbouring groups of the current batch of
-/// 32 * kGroupsPerLane groups.
+/// Held by a warp, which names the same grid in every call: lane l knows kGroupsPerLane
+/// neighbouring groups of the current batch of 32 * kGroupsPerLane groups.
 template <int kGroupsPerLane, int kRowStep, int kCluster>
 class TileWalker {
 public:
-    __device__ explicit TileWalker(const TileGrid& grid) : grid_(grid) { load_batch(); }
+    TileWalker() = default;  // trivial: it may lie in shared memory
+    __device__ explicit TileWalker(const TileGrid& grid) : batch_group_(0), batch_first_(0) {
+        load_batch(grid);
+    }
 
     /// Finds this block's tile of set `index`. All lanes call with the same index, not below that
     /// of the call before. Returns false, and a tile whose group is -1, if there are fewer tiles.
-    __device__ bool find(int index, Tile& tile) {
+    __device__ bool find(const TileGrid& grid, int index, Tile& tile) {
         while (index >= batch_first_ + batch_tiles_) {
             batch_first_ += batch_tiles_;
             batch_group_ += kLanes * kGroupsPerLane;
-            if (batch_group_ >= grid_.num_groups) {
+            if (batch_group_ >= grid.num_groups) {
                 tile.group = -1;
                 batch_tiles_ = 0;
                 return false;
             }
-            load_batch();
+            load_batch(grid);
         }
         // 1. The lane that knows the tile's group looks it up.
         int within = index - batch_first_ - lane_first_;
@@ -62,7 +65,7 @@ public:
         int first = boundary_[0], rows = boundary_[1] - boundary_[0];
 #pragma unroll
         for (int i = 1; i < kGroupsPerLane; ++i) {
-            const int skipped = num_tiles(rows);
+            const int skipped = num_tiles(grid, rows);
             if (within >= skipped && group + 1 == batch_group_ + lane() * kGroupsPerLane + i) {
                 within -= skipped;
                 ++group;
@@ -76,10 +79,10 @@ public:
         within = __shfl_sync(kAllLanes, within, owner);
 
         // 2. Its place within the group.
-        const int row_sets = num_row_sets(rows);
-        const int sharing = grid_.sharing * grid_.num_weight_tiles;
-        const int first_row_set = within / sharing * grid_.sharing;
-        const int width = min(grid_.sharing, row_sets - first_row_set);
+        const int row_sets = num_row_sets(grid, rows);
+        const int sharing = grid.sharing * grid.num_weight_tiles;
+        const int first_row_set = within / sharing * grid.sharing;
+        const int width = min(grid.sharing, row_sets - first_row_set);
         const int rest = within % sharing;
         const int step = ceil_div(ceil_div(rows, row_sets * kCluster), kRowStep) * kRowStep;
         const int row_tile = (first_row_set + rest % width) * kCluster +
@@ -98,28 +101,28 @@ private:
 
     __device__ static int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
 
-    __device__ int num_row_sets(int rows) const {
-        return ceil_div(rows, grid_.max_tokens * kCluster);
+    __device__ static int num_row_sets(const TileGrid& grid, int rows) {
+        return ceil_div(rows, grid.max_tokens * kCluster);
     }
     /// Of a group with that many rows. A decreasing offset makes an empty group.
-    __device__ int num_tiles(int rows) const {
-        return num_row_sets(max(rows, 0)) * grid_.num_weight_tiles;
+    __device__ static int num_tiles(const TileGrid& grid, int rows) {
+        return num_row_sets(grid, max(rows, 0)) * grid.num_weight_tiles;
     }
 
-    __device__ int boundary(int group) const {
-        if (grid_.expert_offsets == nullptr) return group == 0 ? 0 : grid_.num_rows;
-        const int64_t offset = grid_.expert_offsets[min(group, grid_.num_groups)];
-        return static_cast<int>(min(max(offset, int64_t{0}), int64_t{grid_.num_rows}));
+    __device__ static int boundary(const TileGrid& grid, int group) {
+        if (grid.expert_offsets == nullptr) return group == 0 ? 0 : grid.num_rows;
+        const int64_t offset = grid.expert_offsets[min(group, grid.num_groups)];
+        return static_cast<int>(min(max(offset, int64_t{0}), int64_t{grid.num_rows}));
     }
 
-    __device__ void load_batch() {
+    __device__ void load_batch(const TileGrid& grid) {
         const int first = batch_group_ + lane() * kGroupsPerLane;
         lane_tiles_ = 0;
 #pragma unroll
-        for (int i = 0; i <= kGroupsPerLane; ++i) boundary_[i] = boundary(first + i);
+        for (int i = 0; i <= kGroupsPerLane; ++i) boundary_[i] = boundary(grid, first + i);
 #pragma unroll
         for (int i = 0; i < kGroupsPerLane; ++i)
-            lane_tiles_ += num_tiles(boundary_[i + 1] - boundary_[i]);
+            lane_tiles_ += num_tiles(grid, boundary_[i + 1] - boundary_[i]);
         int sum = lane_tiles_;
         for (int distance = 1; distance < kLanes; distance *= 2) {
             const int other = __shfl_up_sync(kAllLanes, sum, distance);
@@ -129,12 +132,11 @@ private:
         batch_tiles_ = __shfl_sync(kAllLanes, sum, kLanes - 1);
     }
 
-    TileGrid grid_;
-    int batch_group_ = 0;  ///< first group of the batch
-    int batch_first_ = 0;  ///< its first tile
+    int batch_group_;  ///< first group of the batch
+    int batch_first_;  ///< its first tile
     int batch_tiles_;
     int lane_first_, lane_tiles_;  ///< this lane's share of the batch's tiles
     int boundary_[kGroupsPerLane + 1];
 };
 
-}  // namespace moecore::cuda::sm90
+}  // namespace moecore::cuda

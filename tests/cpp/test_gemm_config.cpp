@@ -1,4 +1,5 @@
 #include "grouped_gemm/config.hpp"
+#include "grouped_gemm/sm80_config.hpp"
 #include "grouped_gemm/thin_config.hpp"
 #include "test_main.hpp"
 
@@ -86,9 +87,10 @@ void groups_of_more_than_two_tiles_take_pairs() {
 }
 
 void row_tiles_that_share_weights_fit_into_the_cache() {
-    expect(row_tiles_in_cache(192, 2048) == 16, "K = 2048: as many as are ever taken");
-    expect(row_tiles_in_cache(192, 7168) == 6, "K = 7168: 2.75 MB each");
-    expect(row_tiles_in_cache(192, 1 << 20) == 1, "a K of which not one fits");
+    constexpr int64_t kCache = 16 << 20;
+    expect(row_tiles_in_cache(192, 2048, kCache) == 16, "K = 2048: as many as are ever taken");
+    expect(row_tiles_in_cache(192, 7168, kCache) == 6, "K = 7168: 2.75 MB each");
+    expect(row_tiles_in_cache(192, 1 << 20, kCache) == 1, "a K of which not one fits");
 }
 
 GemmProblem projection(int64_t num_rows, int64_t n, int64_t k_dim) {
@@ -129,6 +131,59 @@ void projections_of_decode_are_thin_and_large_ones_are_not() {
     expect(!choose_thin(projection(8192, 5120, 2048)).is_better, "a prompt");
 }
 
+sm80::Config choose_sm80(int64_t num_rows, int64_t num_groups, int64_t n = 4096) {
+    return sm80::choose({.num_rows = num_rows,
+                         .num_groups = num_groups,
+                         .n = n,
+                         .k_dim = 2048,
+                         .is_gated = true,
+                         .num_multiprocessors = 108},
+                        40 << 20);
+}
+
+template <typename Shape>
+void expect_shape_holds(int max_tokens, const std::string& problem) {
+    expect(max_tokens % Shape::kTokenStep == 0, problem);
+    expect(max_tokens >= Shape::kTokenStep && max_tokens <= Shape::kMaxTokens, problem);
+    expect(Shape::ring_bytes(max_tokens) <= sm80::kMostRingBytes, problem);
+    expect(Shape::kStages >= 3, problem);
+    expect(64 % Shape::BLOCK_K == 0, "all shapes have as many steps along K");
+}
+
+void every_sm80_choice_fits_into_any_gpus_shared_memory() {
+    for (const int64_t num_groups : {1, 8, 32, 128, 1024}) {
+        for (const int64_t n : {8, 256, 4096, 151936}) {
+            for (int64_t num_rows = 1; num_rows <= int64_t{1} << 20; num_rows += 1 + num_rows / 7) {
+                const std::string problem = concat(num_rows, " rows of ", num_groups, " groups");
+                const sm80::Config config = choose_sm80(num_rows, num_groups, n);
+                switch (config.tiles) {
+                    case sm80::Tiles::kNarrow:
+                        expect_shape_holds<sm80::Narrow>(config.max_tokens, problem);
+                        break;
+                    case sm80::Tiles::kMedium:
+                        expect_shape_holds<sm80::Medium>(config.max_tokens, problem);
+                        break;
+                    case sm80::Tiles::kWide:
+                        expect_shape_holds<sm80::Wide>(config.max_tokens, problem);
+                        break;
+                }
+                expect(config.sharing >= 1 && config.sharing <= 16, problem);
+            }
+        }
+    }
+}
+
+void sm80_decodes_narrow_and_prefills_wide() {
+    for (const auto& [num_experts, top_k] : {std::pair{8, 2}, {128, 8}, {256, 8}, {32, 4}}) {
+        expect(choose_sm80(top_k, num_experts).tiles == sm80::Tiles::kNarrow, "T = 1");
+        expect(choose_sm80(32 * top_k, num_experts).tiles == sm80::Tiles::kNarrow, "T = 32");
+        const sm80::Config prefill = choose_sm80(4096 * top_k, num_experts);
+        expect(prefill.tiles == sm80::Tiles::kWide && prefill.max_tokens == 128, "T = 4096");
+    }
+    expect(choose_sm80(40, 1).tiles == sm80::Tiles::kMedium, "40 rows");
+    expect(choose_sm80(4096, 1, 64).tiles == sm80::Tiles::kMedium, "few weight rows");
+}
+
 }  // namespace
 
 void add_gemm_config_tests(std::vector<Test>& tests) {
@@ -146,6 +201,10 @@ void add_gemm_config_tests(std::vector<Test>& tests) {
                      every_thin_choice_fits_into_shared_memory});
     tests.push_back({"gemm_config: projections of decode are thin and large ones are not",
                      projections_of_decode_are_thin_and_large_ones_are_not});
+    tests.push_back({"gemm_config: every sm80 choice fits into any GPU's shared memory",
+                     every_sm80_choice_fits_into_any_gpus_shared_memory});
+    tests.push_back({"gemm_config: sm80 decodes narrow and prefills wide",
+                     sm80_decodes_narrow_and_prefills_wide});
     tests.push_back({"gemm_config: real models decode narrow and prefill wide",
                      real_models_decode_narrow_and_prefill_wide});
 }
