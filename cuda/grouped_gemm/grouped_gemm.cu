@@ -49,8 +49,6 @@ void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
           "cudaDeviceGetAttribute");
     if (chosen() == Choice::kSimple || why_no_tensor_cores(args) != nullptr)
         return simple_grouped_gemm(args, stream);
-    const bool is_hopper = major == 9 && minor == 0;
-    if (!is_hopper || chosen() == Choice::kSm80) return sm80::grouped_gemm(args, stream);
     const GemmProblem problem{
         .num_rows = args.num_rows,
         .num_groups = args.num_groups,
@@ -59,6 +57,8 @@ void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
         .is_gated = is_gated(args.config.activation),
         .num_multiprocessors = num_multiprocessors,
     };
+    const bool is_hopper = major == 9 && minor == 0;
+    if (!is_hopper || chosen() == Choice::kSm80) return sm80::grouped_gemm(args, problem, stream);
     if (sm90::is_thin(args)) {
         const ThinConfig config = choose_thin(problem);
         if (config.is_better) return sm90::thin_gemm(args, config, stream);

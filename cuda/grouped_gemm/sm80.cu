@@ -93,16 +93,8 @@ void launch_shape(const GroupedGemmArgs& args, const Config& config, const Devic
 
 }  // namespace
 
-void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
+void grouped_gemm(const GroupedGemmArgs& args, const GemmProblem& problem, Stream stream) {
     const Device device = current_device();
-    const GemmProblem problem{
-        .num_rows = args.num_rows,
-        .num_groups = args.num_groups,
-        .n = args.n,
-        .k_dim = args.k_dim,
-        .is_gated = is_gated(args.config.activation),
-        .num_multiprocessors = device.num_multiprocessors,
-    };
     const Config config = choose(problem, device.cache_bytes);
     switch (config.tiles) {
         case Tiles::kNarrow:
