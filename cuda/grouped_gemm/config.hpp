@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string_view>
 
+#include "moecore/error.hpp"
 #include "moecore/kernels/grouped_gemm.hpp"
 
 namespace moecore::cuda {
@@ -16,6 +18,21 @@ enum class GemmKernel : uint8_t {
     kWide,    ///< 256 weight rows x up to 192 rows: keeps the tensor cores busy
     kPair,  ///< two wide tiles with the same weights, read from L2 once: for groups of two and more
 };
+
+/// Which kernels a user allows.
+enum class GemmChoice : uint8_t {
+    kAuto,
+    kSimple,  ///< the reference everywhere, to compare with
+    kSm80,    ///< that of older GPUs on Hopper, too
+};
+
+/// Of MOECORE_CUDA_GEMM; empty is auto. Throws InvalidArgument.
+inline GemmChoice gemm_choice(std::string_view name) {
+    if (name.empty() || name == "auto") return GemmChoice::kAuto;
+    if (name == "sm80") return GemmChoice::kSm80;
+    require(name == "simple", "MOECORE_CUDA_GEMM must be auto, simple or sm80, got ", name);
+    return GemmChoice::kSimple;
+}
 
 /// What choose_config knows. The sizes of the groups are on the device.
 struct GemmProblem {

@@ -5,7 +5,6 @@
 // No kernel of its own, any architecture.
 
 #include <cstdlib>
-#include <string_view>
 
 #include "common/launch.cuh"
 #include "grouped_gemm/simple.hpp"
@@ -17,18 +16,11 @@
 namespace moecore::cuda {
 namespace {
 
-enum class Choice : uint8_t { kAuto, kSimple, kSm80 };
-
-/// MOECORE_CUDA_GEMM=simple takes the reference kernel everywhere, to compare with; sm80 takes that
-/// of older GPUs on Hopper.
-Choice chosen() {
-    static const Choice choice = [] {
-        const char* value = std::getenv("MOECORE_CUDA_GEMM");
-        const std::string_view name = value == nullptr ? "" : value;
-        if (name.empty() || name == "auto") return Choice::kAuto;
-        if (name == "sm80") return Choice::kSm80;
-        require(name == "simple", "MOECORE_CUDA_GEMM must be auto, simple or sm80, got ", name);
-        return Choice::kSimple;
+/// What MOECORE_CUDA_GEMM wants, read once.
+GemmChoice chosen() {
+    static const GemmChoice choice = [] {
+        const char* name = std::getenv("MOECORE_CUDA_GEMM");
+        return gemm_choice(name == nullptr ? "" : name);
     }();
     return choice;
 }
@@ -47,7 +39,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
           "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device),
           "cudaDeviceGetAttribute");
-    if (chosen() == Choice::kSimple || why_no_tensor_cores(args) != nullptr)
+    if (chosen() == GemmChoice::kSimple || why_no_tensor_cores(args) != nullptr)
         return simple_grouped_gemm(args, stream);
     const GemmProblem problem{
         .num_rows = args.num_rows,
@@ -58,7 +50,8 @@ void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
         .num_multiprocessors = num_multiprocessors,
     };
     const bool is_hopper = major == 9 && minor == 0;
-    if (!is_hopper || chosen() == Choice::kSm80) return sm80::grouped_gemm(args, problem, stream);
+    if (!is_hopper || chosen() == GemmChoice::kSm80)
+        return sm80::grouped_gemm(args, problem, stream);
     if (sm90::is_thin(args)) {
         const ThinConfig config = choose_thin(problem);
         if (config.is_better) return sm90::thin_gemm(args, config, stream);

@@ -19,6 +19,14 @@ GemmConfig choose(int64_t num_rows, int64_t num_groups) {
                           .num_multiprocessors = 132});
 }
 
+void a_user_names_a_kernel() {
+    expect(gemm_choice("") == GemmChoice::kAuto && gemm_choice("auto") == GemmChoice::kAuto, "");
+    expect(gemm_choice("simple") == GemmChoice::kSimple, "simple");
+    expect(gemm_choice("sm80") == GemmChoice::kSm80, "sm80");
+    expect_invalid([] { gemm_choice("sm90"); },
+                   "MOECORE_CUDA_GEMM must be auto, simple or sm80, got sm90");
+}
+
 void every_choice_fits_into_shared_memory() {
     for (const int64_t num_groups : {1, 8, 32, 128, 1024}) {
         for (int64_t num_rows = 1; num_rows <= int64_t{1} << 20; num_rows += 1 + num_rows / 7) {
@@ -187,6 +195,7 @@ void sm80_decodes_narrow_and_prefills_wide() {
 }  // namespace
 
 void add_gemm_config_tests(std::vector<Test>& tests) {
+    tests.push_back({"gemm_config: a user names a kernel", a_user_names_a_kernel});
     tests.push_back({"gemm_config: every choice fits into shared memory",
                      every_choice_fits_into_shared_memory});
     tests.push_back({"gemm_config: tiles are slim where that spreads the weights",
