@@ -62,14 +62,17 @@ __device__ float scale_of_row(const RmsNormArgs& args, const float* row, RowSums
     return sums.scale;
 }
 
-/// x = round(x + other), element by element, for x of type Element.
+/// x = round(x + other), element by element; also as it is stored.
 template <typename Element, int kCount>
-__device__ void add_residual(float (&x)[kCount], const Vector<Element, kCount>& other) {
+__device__ Vector<Element, kCount> add_residual(float (&x)[kCount],
+                                                const Vector<Element, kCount>& other) {
     float values[kCount];
     other.to_floats(values);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = __fadd_rn(x[i], values[i]);
-    Vector<Element, kCount>::from_floats(x).to_floats(x);
+    const auto sum = Vector<Element, kCount>::from_floats(x);
+    sum.to_floats(x);
+    return sum;
 }
 
 /// output = round(weight * round(x * scale)), element by element.
@@ -175,8 +178,7 @@ __global__ void __launch_bounds__(kThreads)
         if (residual != nullptr) {
             const Elements other = Elements::load(residual + column);
             loaded.to_floats(x);
-            add_residual(x, other);
-            Elements::from_floats(x).store(residual + column);
+            add_residual(x, other).store(residual + column);
         } else {
             loaded.to_floats(x);
         }

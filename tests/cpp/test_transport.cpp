@@ -157,6 +157,28 @@ void an_abort_reaches_every_rank_at_once() {
     });
 }
 
+void an_error_that_names_a_rank_reaches_the_others_as_it_is() {
+    for_each_transport(3, [](Transports& transports) {
+        expect_all_fail(transports, 1, "rank 1 differs", 2, [](Transport& transport, int rank) {
+            transport.barrier("start");
+            if (rank == 2)
+                transport.abort_because(TransportError(1, "step", "rank 1 differs"));
+            else
+                transport.barrier("step");
+        });
+    });
+    for_each_transport(2, [](Transports& transports) {
+        expect_all_fail(transports, 1, "rank 1 has failed in phase 'start': nobody knows", 1,
+                        [](Transport& transport, int rank) {
+                            transport.barrier("start");
+                            if (rank == 1)
+                                transport.abort_because(TransportError(-1, "", "nobody knows"));
+                            else
+                                transport.barrier("step");
+                        });
+    });
+}
+
 void a_closed_rank_is_named() {
     for_each_transport(3, [](Transports& transports) {
         expect_all_fail(transports, 0, "rank 0 has closed its transport", 0,
@@ -333,6 +355,8 @@ void add_transport_tests(std::vector<Test>& tests) {
     tests.push_back({"gathers arrive by rank", gathers_arrive_by_rank});
     tests.push_back({"a late rank is named", a_late_rank_is_named_within_the_deadline});
     tests.push_back({"an abort reaches every rank", an_abort_reaches_every_rank_at_once});
+    tests.push_back({"an error that names a rank goes on",
+                     an_error_that_names_a_rank_reaches_the_others_as_it_is});
     tests.push_back({"a closed rank is named", a_closed_rank_is_named});
     tests.push_back({"who is behind is blamed", who_is_behind_elsewhere_is_blamed});
     tests.push_back({"ranks out of step are noticed", ranks_out_of_step_are_noticed});

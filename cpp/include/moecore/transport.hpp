@@ -92,11 +92,18 @@ public:
     /// From any thread; the first reason stays.
     virtual void abort(const std::string& reason) noexcept = 0;
 
+    /// abort() because of an error that this rank has met. One that names a rank reaches the others
+    /// as it is: who sees a mistake first has not made it.
+    void abort_because(const std::exception& error);
+
     /// Seconds without a sign of a peer after which a wait throws.
     double deadline() const { return deadline_; }
     void set_deadline(double seconds);  ///< Throws InvalidArgument unless seconds > 0.
 
 private:
+    /// abort_because() of an error that names a rank.
+    virtual void pass_on(const TransportError& error) { abort(error.what()); }
+
     double deadline_ = 30.0;
 };
 

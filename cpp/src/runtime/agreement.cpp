@@ -35,7 +35,6 @@ constexpr std::pair<const char*, int64_t Hello::*> kCommon[] = {
     {"fixed_tokens", &Hello::fixed_tokens},
 };
 
-/// Does not abort the group: who has yet to look would be told of this rank, not of the culprit.
 [[noreturn]] void fail(int culprit, const std::string& what) {
     throw TransportError(
         culprit, kPhase,

@@ -264,7 +264,7 @@ void run_all_to_all(EpResources& resources, const ExpertParallel::Call& call,
         run_pipeline(*exchange, call, resources.timeline, lane, stream);
     } catch (const std::exception& error) {
         // The lane may still be inside a call that reads `exchange`: end that first.
-        resources.transport.abort(error.what());
+        resources.transport.abort_because(error);
         try {
             lane.wait(lane.submit([](Stream) {}, stream), stream);
         } catch (const std::exception&) {

@@ -88,10 +88,8 @@ void MoELayer::guarded(Body&& body) const {
     if (ranks_ == nullptr) return body();
     try {
         body();
-    } catch (const TransportError&) {
-        throw;  // of the group as a whole: the others have an error that names the same rank
     } catch (const std::exception& error) {
-        ranks_->transport().abort(error.what());
+        ranks_->transport().abort_because(error);
         throw;
     }
 }

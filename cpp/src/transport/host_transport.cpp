@@ -291,6 +291,10 @@ void HostTransport::blame(const char* phase) {
     if (last != rank_) fail_late(last, phase, false);
 }
 
+void HostTransport::pass_on(const TransportError& error) {
+    post_abort(boxes_, error.rank(), error.phase().c_str(), error.what());
+}
+
 void HostTransport::abort(const std::string& reason) noexcept {
     try {
         const auto phase = boxes_.rank(rank_).phase.load<std::string>();

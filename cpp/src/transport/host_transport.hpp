@@ -33,6 +33,7 @@ public:
 private:
     using Clock = std::chrono::steady_clock;
 
+    void pass_on(const TransportError& error) override;
     void begin_call(const char* phase);
     /// Advances every message until all are done.
     void exchange(const char* phase);

@@ -139,6 +139,11 @@ public:
     }
 
 private:
+    void pass_on(const TransportError& error) override {
+        if (hosts_ != nullptr) hosts_->abort_because(error);
+        end(error);
+    }
+
     /// Runs a call that puts work on a stream, and waits until NCCL has taken it.
     template <typename Fn>
     void enqueue(const char* phase, const char* what, Fn&& fn) {

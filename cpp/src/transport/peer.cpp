@@ -106,13 +106,11 @@ public:
                  for (int r = 0; r < rank(); ++r) first += counts[r];
                  for (size_t r = 0; r < source; ++r) arriving += recv.counts[r];
                  const auto me = static_cast<size_t>(rank());
-                 if (counts[me] != recv.counts[source]) {
-                     const std::string what =
+                 if (counts[me] != recv.counts[source])
+                     throw TransportError(
+                         static_cast<int>(source), phase,
                          concat("rank ", source, " is out of step in phase '", phase, "': it sent ",
-                                counts[me], " rows, expected ", recv.counts[source]);
-                     abort(what);
-                     throw TransportError(static_cast<int>(source), phase, what);
-                 }
+                                counts[me], " rows, expected ", recv.counts[source]));
                  add_copy(static_cast<char*>(recv.data) + static_cast<size_t>(arriving) * row_bytes,
                           theirs + static_cast<size_t>(first) * row_bytes,
                           static_cast<size_t>(counts[me]) * row_bytes);
@@ -136,6 +134,8 @@ public:
     void abort(const std::string& reason) noexcept override { hosts_->abort(reason); }
 
 private:
+    void pass_on(const TransportError& error) override { hosts_->abort_because(error); }
+
     /// Throws on every rank if one's GPU does not reach another's memory.
     void check_reach(const std::vector<Card>& cards) {
         int unreachable = -1;

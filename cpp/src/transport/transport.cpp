@@ -17,6 +17,14 @@ void Transport::all_gather_rows(const char* phase, const void* mine, void* all, 
     all_gather(phase, mine, all, bytes);
 }
 
+void Transport::abort_because(const std::exception& error) {
+    const auto* known = dynamic_cast<const TransportError*>(&error);
+    if (known != nullptr && known->rank() >= 0)
+        pass_on(*known);
+    else
+        abort(error.what());
+}
+
 void Transport::set_deadline(double seconds) {
     require(seconds > 0 && std::isfinite(seconds), "Transport: deadline must be > 0 seconds, got ",
             seconds);
