@@ -153,14 +153,11 @@ __device__ inline void copy_16(uint32_t target, const void* source, bool is_zero
                  : "memory");
 }
 
-/// Orders this thread's view of shared memory before later accesses of the copy engine and wgmma.
+/// Orders this thread's accesses to the block's shared memory before later ones of the copy engine
+/// and wgmma, whichever block of the cluster starts them. (Of shared::cluster the compiler makes a
+/// membar of the whole GPU, which waits for all that was stored: a microsecond a tile.)
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-/// The same for copies that other blocks of the cluster have made to this one's memory.
-__device__ inline void cluster_fence_async_proxy() {
-    asm volatile("fence.proxy.async.shared::cluster;" ::: "memory");
 }
 
 // --- Matrix products of a warpgroup (4 warps) ---------------------------------------------------

@@ -121,7 +121,7 @@ __device__ void consume(const Params& params, Stage stage, int consumer) {
             const uint32_t staging =
                 last.weights() + consumer * (Shape::kWeightBytes / Shape::kConsumers);
             store_bfloat16<kIsGated, Shape>(params, tile, place, staging, consumer, value);
-            ptx::cluster_fence_async_proxy();  // copies overwrite what was read and written here
+            ptx::fence_async_proxy();  // copies overwrite what was read and written here
         } else {
             store_float32<kIsGated, Shape>(args, tile, place, value);
         }

@@ -9,6 +9,18 @@
 
 namespace moecore::cuda::sm90 {
 
+/// Where rows are gathered, a claim is made so many K blocks before a tile's last and handed on so
+/// many later, when its answer has come: the gathering warps look up the next tile's rows in time.
+/// Else it is made as late as the ring's work allows, when it says best who is free.
+constexpr int kClaimAhead = 8;
+constexpr int kClaimLatency = 2;
+
+/// Stages whose weights are asked for together. Tiles that are read at memory's speed ask for 256
+/// neighbouring bytes of every row, which come faster than twice 128; others have no stage to
+/// spare.
+template <typename Shape>
+constexpr int kBurst = Shape::kBlocks == 1 ? 2 : 1;
+
 /// Loads boxes of weights, and of rows with copies_rows, and tells consumers which tile a stage
 /// begins. The last box of rows may reach past the tile; what it brings is multiplied, not stored.
 /// With begins_early the ring fills with the first tile's weights before the kernel ahead has
@@ -42,28 +54,42 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
     };
     // Pairs have long to run, and no registers for this.
     bool must_wait = Shape::kCluster == 1 && params.begins_early;
+    const bool has_takers = Shape::kCluster > 1 || !params.copies_rows;
+    const int last = params.num_k_blocks - 1;
+    const int claim_at = params.copies_rows ? last : max(last - kClaimAhead, 0);
+    const int put_at = min(claim_at + kClaimLatency, last);
     int index = static_cast<int>(blockIdx.x) / Shape::kCluster;
     while (walker.find(params.grid, index, tile)) {
         index += num_clusters;
         if (is_leader) {
             const int row_boxes = params.copies_rows ? ceil_div(tile.num_rows, kBoxRows) : 0;
             int num_ahead = 0;  // K blocks whose weights are on their way
-            if (must_wait) {
+            // Asks for the weights of this K block and of those after it, up to `end`.
+            const auto ask = [&](int end) {
                 Stage ahead = stage;
-                for (; num_ahead < min(params.num_stages, params.num_k_blocks); ++num_ahead) {
+                for (; num_ahead < min(end, params.num_k_blocks); ++num_ahead) {
+                    ahead.template wait_all_empty<Shape::kCluster>();
                     copy_weights(ahead, num_ahead, row_boxes);
                     ahead.advance();
                 }
+            };
+            if (must_wait) {
+                ask(params.num_stages);
                 wait_for_predecessors();
                 must_wait = false;
             }
             for (int k = 0; k < params.num_k_blocks; ++k) {
                 // The answer to a claim comes while the ring still has work.
-                if (params.claims_tiles && rank == 0 && k == params.num_k_blocks - 1)
+                const bool claims = params.claims_tiles && rank == 0;
+                if (claims && k == claim_at)
                     index = claim_tile(params.args.work_counters, num_clusters);
                 if (k >= num_ahead) {
-                    stage.template wait_all_empty<Shape::kCluster>();
-                    copy_weights(stage, k, row_boxes);
+                    if constexpr (kBurst<Shape> > 1) {
+                        ask(k + kBurst<Shape>);
+                    } else {
+                        stage.template wait_all_empty<Shape::kCluster>();
+                        copy_weights(stage, k, row_boxes);
+                    }
                 }
                 for (int i = 0; i < row_boxes; ++i) {
                     const int rows[2] = {k * BLOCK_K, tile.first_row + i * kBoxRows};
@@ -71,9 +97,8 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
                                   rows, stage.full(), ptx::Keep::kNormal);
                 }
                 stage.advance();
+                if (claims && has_takers && k == put_at) claim.put(index);
             }
-            if (params.claims_tiles && rank == 0 && (Shape::kCluster > 1 || !params.copies_rows))
-                claim.put(index);
         }
         if (params.claims_tiles)
             index = rank == 0 ? __shfl_sync(0xffffffffu, index, 0) : claim.take();
@@ -108,11 +133,11 @@ __device__ void produce_rows(const Params& params, Stage stage, ClaimQueue& clai
 
     typename Shape::Walker walker(params.grid);
     ClaimPlace<Shape::kCluster> claim(claims);
-    const int num_clusters = static_cast<int>(gridDim.x) / Shape::kCluster;
     Tile tile;
     for (int index = static_cast<int>(blockIdx.x) / Shape::kCluster;
          walker.find(params.grid, index, tile);
-         index = params.claims_tiles ? claim.take() : index + num_clusters) {
+         index = params.claims_tiles ? claim.take()
+                                     : index + static_cast<int>(gridDim.x / Shape::kCluster)) {
         // 1. Look up this thread's rows, in 16 bytes from the start of input.
         uint32_t source[kPasses];
 #pragma unroll

@@ -27,25 +27,39 @@ public:
 
     /// One thread of the cluster's first block. Waits until the place is free.
     __device__ void put(int index) {
-        ptx::cluster_barrier_wait(ptx::shared_address(&queue_.empty[place_]), parity_ ^ 1u);
+        if constexpr (kCluster == 1) {
+            ptx::barrier_wait(ptx::shared_address(&queue_.empty[place_]), parity_ ^ 1u);
+            *static_cast<volatile int*>(&queue_.index[place_]) = index;
+            ptx::barrier_arrive(ptx::shared_address(&queue_.full[place_]));
+        } else {
+            ptx::cluster_barrier_wait(ptx::shared_address(&queue_.empty[place_]), parity_ ^ 1u);
 #pragma unroll
-        for (unsigned rank = 0; rank < kCluster; ++rank) {
-            const auto there = [&](const auto& mine) {
-                return ptx::address_in(ptx::shared_address(&mine), rank);
-            };
-            ptx::cluster_store(there(queue_.index[place_]), index);
-            ptx::cluster_barrier_release(there(queue_.full[place_]));
+            for (unsigned rank = 0; rank < kCluster; ++rank) {
+                const auto there = [&](const auto& mine) {
+                    return ptx::address_in(ptx::shared_address(&mine), rank);
+                };
+                ptx::cluster_store(there(queue_.index[place_]), index);
+                ptx::cluster_barrier_release(there(queue_.full[place_]));
+            }
         }
         advance();
     }
     /// All lanes of a warp.
     __device__ int take() {
-        ptx::cluster_barrier_wait(ptx::shared_address(&queue_.full[place_]), parity_);
+        const uint32_t full = ptx::shared_address(&queue_.full[place_]);
+        const uint32_t empty = ptx::shared_address(&queue_.empty[place_]);
+        if constexpr (kCluster == 1)
+            ptx::barrier_wait(full, parity_);
+        else
+            ptx::cluster_barrier_wait(full, parity_);
         const int index = *static_cast<const volatile int*>(&queue_.index[place_]);
         __syncwarp();  // all lanes have read it
-        if (threadIdx.x % 32 == 0)
-            ptx::cluster_barrier_release(
-                ptx::address_in(ptx::shared_address(&queue_.empty[place_]), 0));
+        if (threadIdx.x % 32 == 0) {
+            if constexpr (kCluster == 1)
+                ptx::barrier_arrive(empty);
+            else
+                ptx::cluster_barrier_release(ptx::address_in(empty, 0));
+        }
         advance();
         return index;
     }
