@@ -48,7 +48,7 @@ __device__ void load_bias(const GroupedGemmArgs& args, const Tile& tile,
 
 /// Rounds to bfloat16 and stores through `staging`, memory of this warpgroup alone: 128 bytes for
 /// each of its kBlocks * 64 weight rows. Its two halves take turns, so that a warp may fill one
-/// while another still reads the other.
+/// while another still reads the other. Rows of output take 16-byte stores.
 template <bool kIsGated, typename Shape, typename Value>
 __device__ void store_bfloat16(const Params& params, const Tile& tile,
                                const Place<kIsGated, Shape>& place, uint32_t staging, int consumer,
@@ -67,6 +67,8 @@ __device__ void store_bfloat16(const Params& params, const Tile& tile,
     const GroupedGemmArgs& args = params.args;
     const int num_columns = static_cast<int>(kIsGated ? args.n / 2 : args.n);
     const int thread = threadIdx.x % kGroupThreads;
+    const int column = place.first_column + thread % kPieces * 8;
+    const uint32_t mine = piece_address(0, place.lane, kIsGated ? place.warp : place.warp * 2);
 
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
@@ -85,10 +87,11 @@ __device__ void store_bfloat16(const Params& params, const Tile& tile,
                     for (int i = 0; i < 4; ++i)
                         fragment[i] = pack_bfloat16(value(block, half, row / 8 + i, 0),
                                                     value(block, half, row / 8 + i, 1));
-                    const int piece =
-                        kIsGated ? block * 4 + place.warp : block * 8 + place.warp * 2 + half;
-                    ptx::store_transposed(piece_address(round % 2, part * 32 + place.lane, piece),
-                                          fragment);
+                    // Bits of the piece that neither warp nor swizzle has.
+                    const int piece = kIsGated ? block * 4 : block * 8 + half;
+                    ptx::store_transposed(
+                        (mine ^ piece * 16) + round % 2 * kHalfBytes + part * 32 * kPieces * 16,
+                        fragment);
                 }
             }
         }
@@ -97,29 +100,21 @@ __device__ void store_bfloat16(const Params& params, const Tile& tile,
         // 2. Store it, 16 bytes a thread.
 #pragma unroll 2
         for (int i = 0; i < kRound * kPieces / kGroupThreads; ++i) {
-            const int row = (i * kGroupThreads + thread) / kPieces;
-            const int piece = thread % kPieces;
-            const int column = place.first_column + piece * 8;
+            const int row = i * (kGroupThreads / kPieces) + thread / kPieces;
             const int tile_row = round * kRound + row;
             if (tile_row >= tile.num_rows || column >= num_columns) continue;
-            const uint4 data = ptx::load_shared(piece_address(round % 2, row, piece));
             __nv_bfloat16* target = static_cast<__nv_bfloat16*>(args.output) +
                                     (tile.first_row + tile_row) * args.output_stride + column;
-            if (params.is_output_aligned) {
-                *reinterpret_cast<uint4*>(target) = data;
-            } else {
-                const auto* elements = reinterpret_cast<const __nv_bfloat16*>(&data);
-#pragma unroll
-                for (int e = 0; e < 8; ++e) target[e] = elements[e];
-            }
+            *reinterpret_cast<uint4*>(target) =
+                ptx::load_shared(piece_address(round % 2, row, thread % kPieces));
         }
     }
 }
 
-/// Stores float32 sums as they are: eight lanes make 32 neighbouring bytes.
-template <bool kIsGated, typename Shape, typename Value>
-__device__ void store_float32(const GroupedGemmArgs& args, const Tile& tile,
-                              const Place<kIsGated, Shape>& place, Value&& value) {
+/// Stores sums one by one, as T: eight lanes make neighbouring elements.
+template <typename T, bool kIsGated, typename Shape, typename Value>
+__device__ void store_elements(const GroupedGemmArgs& args, const Tile& tile,
+                               const Place<kIsGated, Shape>& place, Value&& value) {
     const int num_columns = static_cast<int>(kIsGated ? args.n / 2 : args.n);
 #pragma unroll
     for (int eight = 0; eight < Shape::kMaxTokens / 8; ++eight) {
@@ -128,14 +123,14 @@ __device__ void store_float32(const GroupedGemmArgs& args, const Tile& tile,
         for (int i = 0; i < 2; ++i) {
             const int row = eight * 8 + place.lane % 4 * 2 + i;
             if (row >= tile.num_rows) continue;
-            float* target =
-                static_cast<float*>(args.output) + (tile.first_row + row) * args.output_stride;
+            T* target = static_cast<T*>(args.output) + (tile.first_row + row) * args.output_stride;
 #pragma unroll
             for (int block = 0; block < Shape::kBlocks; ++block) {
 #pragma unroll
                 for (int half = 0; half < (kIsGated ? 1 : 2); ++half) {
                     const int column = place.column(block, half);
-                    if (column < num_columns) target[column] = value(block, half, eight, i);
+                    if (column < num_columns)
+                        target[column] = static_cast<T>(value(block, half, eight, i));
                 }
             }
         }

@@ -81,6 +81,14 @@ __device__ void skip(const Params& params, Stage& stage) {
     }
 }
 
+/// The tile that begins in this stage, read by the thread that gives the stage back.
+__device__ inline Tile read_tile(const Stage& stage) {
+    int4 tile{};
+    if (threadIdx.x % kWarpSize == 0) tile = *reinterpret_cast<const int4*>(&stage.tile());
+    const auto share = [](int value) { return __shfl_sync(0xffffffffu, value, 0); };
+    return {share(tile.x), share(tile.y), share(tile.z), share(tile.w)};
+}
+
 template <Activation kActivation, typename Shape>
 __device__ void consume(const Params& params, Stage stage, int consumer) {
     constexpr bool kIsGated = kActivation != Activation::kNone;
@@ -89,8 +97,7 @@ __device__ void consume(const Params& params, Stage stage, int consumer) {
     while (true) {
         // 1. The next tile.
         stage.wait_full();
-        const Tile tile = stage.tile();
-        __syncwarp();  // all lanes have read it before one gives the stage back
+        const Tile tile = read_tile(stage);
         if (tile.group < 0) return;
         const Place<kIsGated, Shape> place(tile, consumer);
         if (place.first_column >= (kIsGated ? args.n / 2 : args.n)) {
@@ -117,13 +124,15 @@ __device__ void consume(const Params& params, Stage stage, int consumer) {
         };
         Stage last = stage;
         last.step_back();
-        if (args.output_dtype == DType::kBFloat16) {
+        if (args.output_dtype != DType::kBFloat16) {
+            store_elements<float>(args, tile, place, value);
+        } else if (!params.is_output_aligned) {
+            store_elements<__nv_bfloat16>(args, tile, place, value);
+        } else {
             const uint32_t staging =
                 last.weights() + consumer * (Shape::kWeightBytes / Shape::kConsumers);
             store_bfloat16<kIsGated, Shape>(params, tile, place, staging, consumer, value);
             ptx::fence_async_proxy();  // copies overwrite what was read and written here
-        } else {
-            store_float32<kIsGated, Shape>(args, tile, place, value);
         }
         __syncwarp();
         if (is_leader) last.template release<Shape::kCluster>(last.index());
