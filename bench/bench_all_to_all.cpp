@@ -95,6 +95,6 @@ void run(Transport& transport, const Options& options) {
 int main(int argc, char** argv) {
     using namespace moecore::bench;
     const RankOptions ranks = take_rank_options(argc, argv);
-    const Options options = parse_options(argc, argv, {});
+    const Options options = parse_options(argc, argv, {}, kRankOptions);
     run_group(ranks, [&](moecore::Transport& transport) { run(transport, options); });
 }

@@ -321,7 +321,8 @@ LinkOptions take_link_options(int& argc, char** argv) {
 int main(int argc, char** argv) {
     using namespace moecore::bench;
     const LinkOptions link = take_link_options(argc, argv);
-    const Options options = parse_options(argc, argv, {4096});
+    const Options options =
+        parse_options(argc, argv, {4096}, " [--ep N] [--link GB/s,us[,blocks]] [--groups G,G,...]");
     const std::string wanted = options.shape.empty() ? "small-many" : options.shape;
     const auto shape = std::find_if(kShapes.begin(), kShapes.end(),
                                     [&](const Shape& s) { return wanted == s.name; });

@@ -268,7 +268,7 @@ private:
 int main(int argc, char** argv) {
     using namespace moecore::bench;
     const RankOptions ranks = take_rank_options(argc, argv);
-    const Options options = parse_options(argc, argv, {1, 32, 512});
+    const Options options = parse_options(argc, argv, {1, 32, 512}, kRankOptions);
     const std::string wanted = options.shape.empty() ? "small-many" : options.shape;
     const auto& shapes = layer_shapes();
     const auto shape = std::find_if(shapes.begin(), shapes.end(),

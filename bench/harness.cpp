@@ -16,18 +16,29 @@ double now_us() {
     return std::chrono::duration<double, std::micro>(now).count();
 }
 
-Options parse_options(int argc, char** argv, std::vector<int64_t> default_tokens) {
+Options parse_options(int argc, char** argv, std::vector<int64_t> default_tokens,
+                      const char* own_options) {
     Options options;
     options.tokens = std::move(default_tokens);
+    const std::string usage = std::string("usage: ") + argv[0] +
+                              " [--json] [--threads N] [--tokens T,T,...] [--shape NAME] "
+                              "[--repeats N] [--device cpu|cuda] [--skewed] [--help]" +
+                              own_options;
     const auto fail = [&](const std::string& what) {
-        std::fprintf(stderr,
-                     "%s: %s\nusage: %s [--json] [--threads N] [--tokens T,T,...] [--shape NAME] "
-                     "[--repeats N] [--device cpu|cuda] [--skewed]\n",
-                     argv[0], what.c_str(), argv[0]);
+        std::fprintf(stderr, "%s: %s\n%s\n", argv[0], what.c_str(), usage.c_str());
         std::exit(2);
+    };
+    const auto positive = [&](const std::string& flag, const std::string& value) {
+        const int number = std::atoi(value.c_str());
+        if (number < 1) fail(flag + " must be a number >= 1, got " + value);
+        return number;
     };
     for (int i = 1; i < argc; ++i) {
         const std::string flag = argv[i];
+        if (flag == "--help") {
+            std::printf("%s\n", usage.c_str());
+            std::exit(0);
+        }
         if (flag == "--json" || flag == "--skewed") {
             (flag == "--json" ? options.json : options.skewed) = true;
             continue;
@@ -35,9 +46,9 @@ Options parse_options(int argc, char** argv, std::vector<int64_t> default_tokens
         if (i + 1 == argc) fail("unknown option, or one without its value: " + flag);
         const std::string value = argv[++i];
         if (flag == "--threads") {
-            set_num_threads(std::atoi(value.c_str()));
+            set_num_threads(positive(flag, value));
         } else if (flag == "--repeats") {
-            options.repeats = std::max(1, std::atoi(value.c_str()));
+            options.repeats = positive(flag, value);
         } else if (flag == "--device") {
             if (value != "cpu" && value != "cuda") fail("--device must be cpu or cuda: " + value);
             options.cuda = value == "cuda";

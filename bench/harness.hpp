@@ -22,8 +22,6 @@ void keep(const T& value) {
     asm volatile("" : : "g"(&value) : "memory");
 }
 
-/// --json, --threads N, --tokens 1,8,512, --shape NAME, --repeats N, --device cpu|cuda, --skewed.
-/// Exits with a message on anything else.
 struct Options {
     bool json = false;
     int repeats = 15;
@@ -32,7 +30,11 @@ struct Options {
     bool cuda = false;
     bool skewed = false;  ///< experts are chosen with odds that fall as 1 / rank
 };
-Options parse_options(int argc, char** argv, std::vector<int64_t> default_tokens);
+/// --json, --threads N, --tokens 1,8,512, --shape NAME, --repeats N, --device cpu|cuda, --skewed;
+/// --help prints these and `own_options`, " [--flag VALUE]" of the benchmark itself, and exits.
+/// Exits with a message on anything else.
+Options parse_options(int argc, char** argv, std::vector<int64_t> default_tokens,
+                      const char* own_options = "");
 
 /// Sizes of one MoE layer. `scaled_from` is what was cut to fit a small machine.
 struct LayerShape {

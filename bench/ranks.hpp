@@ -23,6 +23,10 @@ struct RankOptions {
     std::string trace_file;
 };
 RankOptions take_rank_options(int& argc, char** argv);
+/// They in a usage line.
+inline constexpr const char* kRankOptions =
+    " [--ranks N] [--transport in_process|shm|nccl|peer] [--cuda] [--emulate GB/s,us]"
+    " [--trace FILE]";
 
 /// Calls body(transport) on every rank, and returns when all are done. Exits with the message of
 /// what a rank threw. Only rank 0 may print: the others may be processes.
