@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import moecore
-from moecore.checkpoint import Checkpoint
+from moecore.checkpoint import DTYPES, Checkpoint
 
 TENSORS = {
     "embed": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -94,6 +94,29 @@ def test_an_expert_out_of_range_is_named(tmp_path, name, index):
     write_single(tmp_path)
     with pytest.raises(ValueError, match=rf"index must be in \[0, .*{name}.* got {index}"):
         Checkpoint.open(tmp_path).expert(name, index)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=list(DTYPES))
+def test_every_dtype_is_read_as_safetensors_writes_it(tmp_path, dtype):
+    odd = torch.arange(3, dtype=torch.uint8)  # what follows it is not aligned
+    tensor = torch.arange(6).view(2, 3).to(dtype)
+    empty = torch.empty(0, 4, dtype=dtype)
+    save_file({"a": odd, "b": tensor, "c": empty}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    for name, want in {"b": tensor, "c": empty}.items():
+        got = checkpoint.tensor(name)
+        assert (got.dtype, got.shape) == (dtype, want.shape)
+        assert torch.equal(got.clone().view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(
+        checkpoint.expert("b", 1).clone().view(torch.uint8), tensor[1].view(torch.uint8)
+    )
+
+
+def test_a_dtype_without_a_view_is_refused_with_those_that_have_one(tmp_path):
+    header = {"w": entry(0, 8, (1,), "C64")}
+    write_raw(tmp_path / "model.safetensors", header, b"12345678")
+    with pytest.raises(moecore.FormatError, match="w in model.safetensors: .*BF16.*, found C64"):
+        Checkpoint.open(tmp_path).tensor("w")
 
 
 # header, data, and what the message must say

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from moecore.errors import FormatError
@@ -19,6 +20,23 @@ __all__ = ["Checkpoint", "FormatError", "TensorInfo"]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SHARD = re.compile(r"[^/\\\0]+\.safetensors")
+# A mapping that nobody writes to needs no swap for its pages, however large its file.
+_MAP = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,7 @@ class Checkpoint:
 
     folder: Path
     tensors: dict[str, TensorInfo]  # in the order of files and offsets
+    stamps: dict[str, tuple[int, int]]  # of each file when its header was read; see _stamp
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -53,6 +72,7 @@ class Checkpoint:
         folder = Path(folder)
         files, index = _find_files(folder)
         tensors: dict[str, TensorInfo] = {}
+        stamps = {file: _stamp((folder / file).stat()) for file in files}
         for file in files:
             for info in read_header(folder / file):
                 first = tensors.setdefault(info.name, info)
@@ -64,7 +84,7 @@ class Checkpoint:
             if name not in tensors or tensors[name].file != file:
                 found = f"it in {tensors[name].file}" if name in tensors else "no such tensor"
                 raise format_error(name, file, f"the tensor, as {INDEX_FILE} says", found)
-        return cls(folder, tensors)
+        return cls(folder, tensors, stamps)
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +120,7 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, mmap.mmap] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -111,8 +131,7 @@ class Reader:
     def tensor(self, name: str) -> Tensor:
         """A view of the whole tensor."""
         info = self._checkpoint.info(name)
-        tensor: Tensor = self._file(info.file).get_tensor(name)
-        return tensor
+        return self._view(info, info.shape, info.offset, info.nbytes)
 
     def expert(self, name: str, index: int) -> Tensor:
         """A view of one index of the tensor's first dimension; no other byte is read."""
@@ -123,17 +142,35 @@ class Reader:
                 f"Checkpoint: index must be in [0, {count}) for {name} of shape "
                 f"{list(info.shape)}, got {index}"
             )
-        tensor: Tensor = self._file(info.file).get_slice(name)[index]
-        return tensor
+        nbytes = info.nbytes // count
+        return self._view(info, info.shape[1:], info.offset + index * nbytes, nbytes)
 
-    def _file(self, file: str) -> Any:
+    def _view(self, info: TensorInfo, shape: tuple[int, ...], offset: int, nbytes: int) -> Tensor:
+        dtype = DTYPES.get(info.dtype)
+        if dtype is None:
+            expected = f"a dtype among {', '.join(DTYPES)}"
+            raise format_error(info.name, info.file, expected, info.dtype)
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        count = nbytes // dtype.itemsize
+        memory = self._memory(info.file)
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def _memory(self, file: str) -> mmap.mmap:
         if file not in self._files:
             path = self._checkpoint.folder / file
-            try:
-                self._files[file] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise format_error("header", path, "a whole file", str(error)) from error
+            with path.open("rb") as opened:
+                if _stamp(os.fstat(opened.fileno())) != self._checkpoint.stamps[file]:
+                    expected = "the file whose header was read"
+                    raise format_error("data", path, expected, "that it has changed since")
+                protection = mmap.PROT_READ | mmap.PROT_WRITE  # torch has no views of read-only
+                self._files[file] = mmap.mmap(opened.fileno(), 0, flags=_MAP, prot=protection)
         return self._files[file]
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file's content does: its size and time in nanoseconds."""
+    return status.st_size, status.st_mtime_ns
 
 
 def holds_checkpoint(folder: Path) -> bool:

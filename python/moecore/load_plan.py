@@ -9,28 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from moecore.checkpoint import Checkpoint
+from moecore.checkpoint import DTYPES, Checkpoint
 from moecore.errors import FormatError
 from moecore.safetensors_header import TensorInfo, format_error
 
 _SHOWN_PROBLEMS = 8
 
-_FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_OTHERS = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -144,8 +129,8 @@ def _misfits(info: TensorInfo, source: Source, dtype: torch.dtype) -> Iterator[F
         yield format_error(info.name, info.file, f"shape {list(source.shape)}", found)
     elif source.expert is not None and not 0 <= source.expert < (*info.shape, 0)[0]:
         yield format_error(info.name, info.file, f"an expert {source.expert}", found)
-    converts = info.dtype in _FLOATS and dtype in _FLOATS.values()
-    if not converts and _OTHERS.get(info.dtype) != dtype:
+    converts = info.dtype in _FLOATS and dtype in (DTYPES[name] for name in _FLOATS)
+    if not converts and DTYPES.get(info.dtype) != dtype:
         expected = f"a dtype that can become {str(dtype).removeprefix('torch.')}"
         yield format_error(info.name, info.file, expected, info.dtype)
 
