@@ -83,10 +83,11 @@ __device__ void skip(const Params& params, Stage& stage) {
 
 /// The tile that begins in this stage, read by the thread that gives the stage back.
 __device__ inline Tile read_tile(const Stage& stage) {
-    int4 tile{};
-    if (threadIdx.x % kWarpSize == 0) tile = *reinterpret_cast<const int4*>(&stage.tile());
+    Tile tile{};
+    if (threadIdx.x % kWarpSize == 0) tile = stage.tile();
     const auto share = [](int value) { return __shfl_sync(0xffffffffu, value, 0); };
-    return {share(tile.x), share(tile.y), share(tile.z), share(tile.w)};
+    return {share(tile.group), share(tile.first_row), share(tile.num_rows),
+            share(tile.weight_tile)};
 }
 
 template <Activation kActivation, typename Shape>
