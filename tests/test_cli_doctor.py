@@ -1,6 +1,8 @@
 """`moecore doctor`: what each check finds, and what it advises."""
 
+import importlib.metadata
 import json
+import re
 
 import pytest
 
@@ -150,6 +152,12 @@ def test_doctor_misses_files_of_the_bundled_model(monkeypatch, tmp_path):
     assert check.detail.endswith("bundled lacks model.safetensors")
     (tmp_path / "bundled" / "model.safetensors").touch()
     assert checks._bundled_model("bundled model").status == "ok"
+
+
+def test_doctor_looks_for_what_the_package_depends_on():
+    requirements = importlib.metadata.requires("moecore") or []
+    needed = {re.split(r"[^\w-]", text)[0] for text in requirements if "extra ==" not in text}
+    assert {*checks._PACKAGES, "torch"} == {name.replace("-", "_") for name in needed}
 
 
 def test_doctor_misses_packages(monkeypatch):

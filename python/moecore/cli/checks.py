@@ -14,7 +14,7 @@ from typing import Any
 from moecore.cli.check import Check
 from moecore.cli.rank_check import rank_check
 
-_PACKAGES = ("safetensors", "tokenizers", "huggingface_hub", "jinja2", "tqdm", "rich", "numpy")
+_PACKAGES = ("tokenizers", "huggingface_hub", "jinja2", "tqdm", "rich", "numpy")
 _OLDEST_TORCH = (2, 10)
 _BUNDLED_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
