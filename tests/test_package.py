@@ -1,6 +1,10 @@
 """What is installed: its size, and what of it pip would have to download."""
 
+import ast
+import importlib.metadata
 import io
+import re
+import sys
 import zipfile
 from pathlib import Path
 
@@ -22,3 +26,26 @@ def test_the_wheel_without_model_weights_is_below_10_mb():
         for path in files:
             archive.write(path, path.relative_to(folder))
     assert wheel.tell() < 10e6
+
+
+def imported(path):
+    """Names of the packages that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_nothing_is_imported_that_is_not_installed_with_it():
+    requirements = importlib.metadata.requires("moecore") or []
+    needed = {re.split(r"[^\w-]", text)[0] for text in requirements if "extra ==" not in text}
+    known = {*sys.stdlib_module_names, "moecore", *(name.replace("-", "_") for name in needed)}
+    folder = Path(moecore.__file__).parent
+    strangers = {
+        (path.relative_to(folder).parts[0], name)
+        for path in folder.rglob("*.py")
+        for name in imported(path)
+        if name not in known
+    }
+    assert strangers == {("integrations", "transformers")}
