@@ -1,13 +1,12 @@
 """`moecore doctor`: what each check finds, and what it advises."""
 
-import importlib.metadata
 import json
-import re
 
 import pytest
 
 from moecore.cli import checks, main
 from processes import python
+from test_package import dependencies
 
 
 def by_name():
@@ -155,9 +154,7 @@ def test_doctor_misses_files_of_the_bundled_model(monkeypatch, tmp_path):
 
 
 def test_doctor_looks_for_what_the_package_depends_on():
-    requirements = importlib.metadata.requires("moecore") or []
-    needed = {re.split(r"[^\w-]", text)[0] for text in requirements if "extra ==" not in text}
-    assert {*checks._PACKAGES, "torch"} == {name.replace("-", "_") for name in needed}
+    assert {*checks._PACKAGES, "torch"} == dependencies()
 
 
 def test_doctor_misses_packages(monkeypatch):

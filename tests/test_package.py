@@ -37,10 +37,15 @@ def imported(path):
             yield node.module.split(".")[0]
 
 
-def test_nothing_is_imported_that_is_not_installed_with_it():
+def dependencies():
+    """Names of the packages that pip installs with moecore, as they are imported."""
     requirements = importlib.metadata.requires("moecore") or []
-    needed = {re.split(r"[^\w-]", text)[0] for text in requirements if "extra ==" not in text}
-    known = {*sys.stdlib_module_names, "moecore", *(name.replace("-", "_") for name in needed)}
+    needed = (re.split(r"[^\w-]", text)[0] for text in requirements if "extra ==" not in text)
+    return {name.replace("-", "_") for name in needed}
+
+
+def test_nothing_is_imported_that_is_not_installed_with_it():
+    known = {*sys.stdlib_module_names, "moecore", *dependencies()}
     folder = Path(moecore.__file__).parent
     strangers = {
         (path.relative_to(folder).parts[0], name)

@@ -155,7 +155,7 @@ __device__ inline void copy_16(uint32_t target, const void* source, bool is_zero
 
 /// Orders this thread's accesses to the block's shared memory before later ones of the copy engine
 /// and wgmma, whichever block of the cluster starts them. (Of shared::cluster the compiler makes a
-/// membar of the whole GPU, which waits for all that was stored: a microsecond a tile.)
+/// membar of the whole GPU, which waits for all that was stored.)
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

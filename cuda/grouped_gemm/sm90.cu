@@ -29,7 +29,7 @@ using Pair = TileShape<2, 2, 192, 16, 1, 1, 2>;
 /// Weights as {K, 8 rows, halves or eights, eights, groups}. Gated: eight rows of gate and the same
 /// eight of up take turns, whatever their order in memory, so that both sums of a feature reach one
 /// thread.
-CUtensorMap map_weights(const GroupedGemmArgs& args, int weight_rows, bool comes_in_bursts) {
+CUtensorMap map_weights(const GroupedGemmArgs& args, int weight_rows, bool is_read_once) {
     const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
     const bool gated = is_gated(args.config.activation);
     const bool is_interleaved = args.config.gate_order == GateOrder::kInterleaved;
@@ -45,9 +45,10 @@ CUtensorMap map_weights(const GroupedGemmArgs& args, int weight_rows, bool comes
     const auto eights = static_cast<cuuint32_t>(weight_rows / 8);
     const std::array<cuuint32_t, 5> box = {BLOCK_K, 8, gated ? 2 : eights, gated ? eights / 2 : 1,
                                            1};
-    // Bursts of 256 bytes do by themselves what promotion is for. It still pays for long rows.
+    // Measured on an H200: tiles that are read at memory's speed prefer 128 bytes where rows are
+    // shorter than this, all others 256.
     constexpr int64_t kLongRow = 4096;
-    const bool is_promoted = args.k_dim >= kLongRow || !comes_in_bursts;
+    const bool is_promoted = args.k_dim >= kLongRow || !is_read_once;
     return encode_map(
         args.weights, sizes, strides, box, "weights", args.n, args.k_dim,
         is_promoted ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
@@ -104,7 +105,7 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
     launch_dependent_clusters(
         "grouped_gemm", kernel, dim3(static_cast<unsigned>(clusters * Shape::kCluster)),
         dim3(Shape::kThreads), Shape::kCluster, static_cast<size_t>(shared_bytes), stream, params,
-        map_weights(args, Shape::kWeightRows / Shape::kCluster, kBurst<Shape> > 1),
+        map_weights(args, Shape::kWeightRows / Shape::kCluster, Shape::kBlocks == 1),
         params.copies_rows ? map_rows(args) : CUtensorMap{});
 }
 

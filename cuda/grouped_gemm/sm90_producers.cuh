@@ -15,12 +15,6 @@ namespace moecore::cuda::sm90 {
 constexpr int kClaimAhead = 8;
 constexpr int kClaimLatency = 2;
 
-/// Stages whose weights are asked for together. Tiles that are read at memory's speed ask for 256
-/// neighbouring bytes of every row, which come faster than twice 128; others have no stage to
-/// spare.
-template <typename Shape>
-constexpr int kBurst = Shape::kBlocks == 1 ? 2 : 1;
-
 /// Loads boxes of weights, and of rows with copies_rows, and tells consumers which tile a stage
 /// begins. The last box of rows may reach past the tile; what it brings is multiplied, not stored.
 /// With begins_early the ring fills with the first tile's weights before the kernel ahead has
@@ -64,17 +58,12 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
         if (is_leader) {
             const int row_boxes = params.copies_rows ? ceil_div(tile.num_rows, kBoxRows) : 0;
             int num_ahead = 0;  // K blocks whose weights are on their way
-            // Asks for the weights of this K block and of those after it, up to `end`.
-            const auto ask = [&](int end) {
+            if (must_wait) {
                 Stage ahead = stage;
-                for (; num_ahead < min(end, params.num_k_blocks); ++num_ahead) {
-                    ahead.template wait_all_empty<Shape::kCluster>();
+                for (; num_ahead < min(params.num_stages, params.num_k_blocks); ++num_ahead) {
                     copy_weights(ahead, num_ahead, row_boxes);
                     ahead.advance();
                 }
-            };
-            if (must_wait) {
-                ask(params.num_stages);
                 wait_for_predecessors();
                 must_wait = false;
             }
@@ -84,12 +73,8 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
                 if (claims && k == claim_at)
                     index = claim_tile(params.args.work_counters, num_clusters);
                 if (k >= num_ahead) {
-                    if constexpr (kBurst<Shape> > 1) {
-                        ask(k + kBurst<Shape>);
-                    } else {
-                        stage.template wait_all_empty<Shape::kCluster>();
-                        copy_weights(stage, k, row_boxes);
-                    }
+                    stage.template wait_all_empty<Shape::kCluster>();
+                    copy_weights(stage, k, row_boxes);
                 }
                 for (int i = 0; i < row_boxes; ++i) {
                     const int rows[2] = {k * BLOCK_K, tile.first_row + i * kBoxRows};
