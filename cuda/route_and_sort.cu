@@ -4,8 +4,9 @@
 //   writes  T * k * 16 bytes, (E_local + 1) * 8    every output of both
 //
 // Block b of the cluster routes a contiguous range of tokens and then sorts their slots, which none
-// but its own threads wrote. A multiprocessor routes 16 tokens at a time, so with many tokens two
-// launches, the first on all of them, are faster. Needs sm_80.
+// but its own threads wrote. Few slots never leave shared memory in between. A multiprocessor
+// routes 16 tokens at a time, so with many tokens two launches, the first on all of them, are
+// faster. Needs sm_80.
 
 #include <cuda_bf16.h>
 
@@ -32,6 +33,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     route_and_sort_kernel(const __grid_constant__ RouteAndSortArgs args,
                           const bool choose_on_scores, const bool divide_softmax) {
     extern __shared__ int32_t shared[];
+    __shared__ int4 local_experts[kFewSlots / 4];  // only of few slots
     const TopkRoutingArgs& routing = args.routing;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int num_warps = blockDim.x / kWarpSize;
@@ -39,7 +41,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     const int64_t begin = min(blockIdx.x * tokens_per_block, routing.num_tokens);
     const int64_t end = min(begin + tokens_per_block, routing.num_tokens);
     const int top_k = routing.config.top_k;
+    const bool are_few = gridDim.x == 1 && args.sort.num_slots <= kFewSlots;
     load_parameters(args);
+    for (int i = threadIdx.x; i < kFewSlots; i += blockDim.x)
+        reinterpret_cast<int*>(local_experts)[i] = args.sort.num_local_experts;
+    __syncthreads();  // every slot is marked as dropped
     wait_for_predecessors();
     allow_dependents();
 
@@ -51,12 +57,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
         if (lane < top_k) {
             routing.topk_ids[token * top_k + lane] = choice.expert;
             routing.topk_weights[token * top_k + lane] = choice.weight;
+            if (are_few)
+                reinterpret_cast<int*>(local_experts)[token * top_k + lane] =
+                    local_id(args.sort, choice.expert, args.sort.num_local_experts);
         }
     }
     __syncthreads();  // the block's ids are there, and nobody uses the scratch memory any more
 
     // 2. Sort their slots.
-    sort_slots(args.sort, begin * top_k, end * top_k, shared);
+    if (are_few)
+        sort_few_slots(args.sort, local_experts);
+    else
+        sort_slots(args.sort, begin * top_k, end * top_k, shared);
 }
 
 template <typename Logit>

@@ -21,6 +21,10 @@
 namespace moecore::cuda::sm90 {
 namespace {
 
+/// Elements. Measured on an H200: where tiles are read at memory's speed, shorter rows of weights
+/// prefer 128 bytes of promotion and two K blocks asked for together, longer ones 256 and one.
+constexpr int64_t kLongRow = 4096;
+
 using Slim = TileShape<1, 1, 32, 8, 4, 2, 1>;
 using Narrow = TileShape<2, 1, 64, 8, 4, 2, 1>;
 using Wide = TileShape<2, 2, 192, 16, 1, 1, 1>;
@@ -45,9 +49,6 @@ CUtensorMap map_weights(const GroupedGemmArgs& args, int weight_rows, bool is_re
     const auto eights = static_cast<cuuint32_t>(weight_rows / 8);
     const std::array<cuuint32_t, 5> box = {BLOCK_K, 8, gated ? 2 : eights, gated ? eights / 2 : 1,
                                            1};
-    // Measured on an H200: tiles that are read at memory's speed prefer 128 bytes where rows are
-    // shorter than this, all others 256.
-    constexpr int64_t kLongRow = 4096;
     const bool is_promoted = args.k_dim >= kLongRow || !is_read_once;
     return encode_map(
         args.weights, sizes, strides, box, "weights", args.n, args.k_dim,
@@ -78,6 +79,7 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
     params.copies_rows =
         Shape::kBlocks > 1 && args.sorted_slots == nullptr && config.max_tokens % kBoxRows == 0;
     params.begins_early = Shape::kCluster == 1 && args.settled != Settled::kNothing;
+    params.asks_for_two = Shape::kBlocks == 1 && args.k_dim < kLongRow && params.num_stages >= 4;
     params.grid.expert_offsets = args.expert_offsets;
     params.grid.num_groups = args.num_groups;
     params.grid.num_rows = static_cast<int>(args.num_rows);

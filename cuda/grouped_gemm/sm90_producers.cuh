@@ -74,6 +74,11 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
                     index = claim_tile(params.args.work_counters, num_clusters);
                 if (k >= num_ahead) {
                     stage.template wait_all_empty<Shape::kCluster>();
+                    if (params.asks_for_two && k % 2 == 0 && k < last) {
+                        Stage next = stage;
+                        next.advance();
+                        next.wait_empty();
+                    }
                     copy_weights(stage, k, row_boxes);
                 }
                 for (int i = 0; i < row_boxes; ++i) {

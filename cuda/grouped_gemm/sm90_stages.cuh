@@ -51,6 +51,7 @@ struct Params {
     bool are_weights_shared;  ///< a group may have several row tiles
     bool copies_rows;         ///< by the copy engine, kBoxRows at a time: they lie side by side
     bool frees_early;         ///< a stage before the next one's products are issued, not after
+    bool asks_for_two;        ///< K blocks of weights together, as soon as there is room for both
     bool claims_tiles;        ///< through args.work_counters
     bool begins_early;        ///< weights and offsets may be read before the kernel ahead has ended
 };

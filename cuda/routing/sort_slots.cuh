@@ -21,10 +21,15 @@ constexpr size_t sort_shared_bytes(int num_warps, int num_experts) {
     return static_cast<size_t>((num_warps + 3) * num_experts + kWarpSize + 1) * sizeof(int32_t);
 }
 
-/// Local id of a slot's expert, -1 if the slot is dropped.
+/// Local id of an expert, `dropped` if it is none of this rank's.
+__device__ inline int local_id(const SortByExpertArgs& args, int32_t expert, int dropped) {
+    const int64_t local = int64_t{expert} - args.first_expert;
+    return local >= 0 && local < args.num_local_experts ? static_cast<int>(local) : dropped;
+}
+
+/// That of a slot's expert, -1 if the slot is dropped.
 __device__ inline int local_expert(const SortByExpertArgs& args, int64_t slot) {
-    const int64_t local = int64_t{args.topk_ids[slot]} - args.first_expert;
-    return local >= 0 && local < args.num_local_experts ? static_cast<int>(local) : -1;
+    return local_id(args, args.topk_ids[slot], -1);
 }
 
 /// Leaves each slot's rank among its expert's in this warp's segment in slot_to_row, -1 for a
@@ -75,6 +80,41 @@ __device__ inline int block_exclusive_sum(int x, int32_t* sums, int& total) {
     __syncthreads();  // sums are those of lower warps
     total = sums[kWarpSize];
     return sums[warp] + inclusive - x;
+}
+
+inline constexpr int kFewSlots = 128;
+
+/// What sort_slots does, for at most kFewSlots slots and by one block: every place is a count over
+/// all slots. `local_experts` [kFewSlots] holds each slot's local expert, num_local_experts if the
+/// slot is dropped and past the last one. Every thread of the block calls it.
+__device__ inline void sort_few_slots(const SortByExpertArgs& args,
+                                      const int4 (&local_experts)[kFewSlots / 4]) {
+    const int num_slots = static_cast<int>(args.num_slots);
+    const auto* experts = reinterpret_cast<const int*>(local_experts);
+    // Slots whose expert is below `expert`, and those before `slot` that share it.
+    const auto num_before = [&](int expert, int slot) {
+        int count = 0;
+#pragma unroll 4
+        for (int i = 0; i < ceil_div(num_slots, 4); ++i) {
+            const int4 four = local_experts[i];
+            const int left = slot - 4 * i;
+            count += four.x < expert + (0 < left);
+            count += four.y < expert + (1 < left);
+            count += four.z < expert + (2 < left);
+            count += four.w < expert + (3 < left);
+        }
+        return count;
+    };
+    const int thread = static_cast<int>(threadIdx.x), num_threads = static_cast<int>(blockDim.x);
+    for (int slot = thread; slot < num_slots; slot += num_threads) {
+        const int expert = experts[slot];
+        const bool is_kept = expert < args.num_local_experts;
+        const int row = num_before(expert, slot);  // dropped slots come last
+        args.slot_to_row[slot] = is_kept ? row : -1;
+        args.sorted_slots[row] = is_kept ? slot : -1;
+    }
+    for (int expert = thread; expert <= args.num_local_experts; expert += num_threads)
+        args.expert_offsets[expert] = num_before(expert, 0);
 }
 
 /// Sorts args' slots; this block's are begin .. end - 1. `shared` has sort_shared_bytes(). Every

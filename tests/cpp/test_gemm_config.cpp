@@ -87,11 +87,14 @@ void tiles_are_slim_where_that_spreads_the_weights() {
     expect(kernel(33, 1, 4096) == GemmKernel::kNarrow, "more rows than a slim tile holds");
 }
 
-void groups_of_more_than_two_tiles_take_pairs() {
+void groups_take_pairs_where_those_have_few_tiles_more() {
     expect(choose(8 * 256, 8).kernel == GemmKernel::kWide, "256 rows a group");
-    expect(choose(8 * 1024, 8).kernel == GemmKernel::kPair, "1024 rows a group");
-    expect(choose(385, 1).kernel == GemmKernel::kPair, "one group of 385 rows");
-    expect(choose(384, 1).kernel == GemmKernel::kWide, "one group of 384 rows");
+    expect(choose(8 * 512, 8).kernel == GemmKernel::kWide, "512 rows a group: 3 tiles, or 4");
+    expect(choose(8 * 1024, 8).kernel == GemmKernel::kPair, "1024 rows a group: 6 tiles");
+    expect(choose(8 * 2048, 8).kernel == GemmKernel::kWide, "2048 rows a group: 11 tiles, or 12");
+    expect(choose(8 * 4000, 8).kernel == GemmKernel::kPair, "4000 rows a group: 21 tiles, or 22");
+    expect(choose(385, 1).kernel == GemmKernel::kWide, "one group of 385 rows");
+    expect(choose(577, 1).kernel == GemmKernel::kPair, "one group of 577 rows");
 }
 
 void row_tiles_that_share_weights_fit_into_the_cache() {
@@ -203,7 +206,7 @@ void add_gemm_config_tests(std::vector<Test>& tests) {
     tests.push_back(
         {"gemm_config: more rows never take a smaller tile", more_rows_never_take_a_smaller_tile});
     tests.push_back({"gemm_config: groups of more than two tiles take pairs",
-                     groups_of_more_than_two_tiles_take_pairs});
+                     groups_take_pairs_where_those_have_few_tiles_more});
     tests.push_back({"gemm_config: row tiles that share weights fit into the cache",
                      row_tiles_that_share_weights_fit_into_the_cache});
     tests.push_back({"gemm_config: every thin choice fits into shared memory",
