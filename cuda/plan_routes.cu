@@ -1,7 +1,8 @@
 // What travels between ranks, from every rank's routes: keys to sort by, and rows from the orders.
 //
 //   reads   P F k * 4 bytes of ids (key_routes); 3 P F k * 4 of orders (place_rows)
-//   writes  P F (k + 1) + T (P + k) keys of 4 bytes; 2 P F k rows of 4 bytes
+//   writes  P F (k + 1) + T (P + k) keys of 4 bytes; 2 P F k rows of 4 bytes, and the copies' k
+//           rows and weights where they are added before they return
 //
 // One thread a token, then one a slot. Needs sm_80.
 
@@ -57,10 +58,16 @@ __global__ void __launch_bounds__(kThreads)
         const int32_t slot = args.row_slots[i], back = args.back_slots[i];
         args.sorted_slots[i] = slot < 0 ? -1 : args.token_copies[slot / k] * k + slot % k;
         args.back_rows[i] = back < 0 ? -1 : args.slot_rows[back];
+        const int64_t copy = args.all_weights == nullptr ? -1 : args.token_copies[i / k];
+        if (copy >= 0) {
+            args.copy_rows[copy * k + i % k] = args.slot_rows[i];
+            args.copy_weights[copy * k + i % k] = args.all_weights[i];
+        }
     }
     if (i < args.num_items) {
         const int32_t item = args.sent_items[i];
         args.sent_tokens[i] = item < 0 ? -1 : item / args.num_ranks;
+        if (args.all_weights != nullptr) args.ones[i] = 1.0f;
     }
     const int64_t width = args.num_local_experts + 1;
     if (i < args.num_groups * width) {

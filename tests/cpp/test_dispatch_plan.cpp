@@ -151,7 +151,7 @@ std::vector<T> values_of(const TensorView& view) {
 }
 
 /// The plan made by sorts, which a device can make, against the one made by the host.
-void check_sorted_plan(const Group& group) {
+void check_sorted_plan(const Group& group, bool with_weights) {
     const std::vector<DispatchPlan> wanted = group.plans();
     const ExpertPlaces places(group.ranges, group.num_groups);
     const auto transports = make_in_process_transports(group.num_ranks);
@@ -165,12 +165,21 @@ void check_sorted_plan(const Group& group) {
     const TensorView all_ids(
         all.data(), DType::kInt32,
         {group.num_ranks, static_cast<int64_t>(longest) / group.top_k, group.top_k});
+    // Every route's weight is its place among all.
+    std::vector<float> numbers(all.size());
+    std::iota(numbers.begin(), numbers.end(), 0.0f);
+    const TensorView all_weights(numbers.data(), DType::kFloat32,
+                                 {all_ids.shape[0], all_ids.shape[1], all_ids.shape[2]});
+    std::vector<std::span<const float>> weights_of_ranks;
+    for (size_t r = 0; r < group.ids.size(); ++r)
+        weights_of_ranks.emplace_back(numbers.data() + r * longest, group.ids[r].size());
     for (size_t r = 0; r < wanted.size(); ++r) {
         DevicePlanStorage storage(Device{});
         PlanTensors tensors;
         const int64_t num_tokens = wanted[r].num_tokens;
-        const DispatchPlan plan =
-            plan_on_device(*transports[r], places, all_ids, num_tokens, storage, tensors, {});
+        const TensorView weights = with_weights ? all_weights : TensorView();
+        const DispatchPlan plan = plan_on_device(*transports[r], places, all_ids, weights,
+                                                 num_tokens, storage, tensors, {});
         expect(plan.sent.counts == wanted[r].sent.counts, "copies sent");
         expect(plan.received.counts == wanted[r].received.counts, "copies received");
         expect(plan.sent_back.counts == wanted[r].sent_back.counts, "results sent");
@@ -190,17 +199,27 @@ void check_sorted_plan(const Group& group) {
             expect(values_of<int64_t>(tensors.group_offsets[static_cast<size_t>(g)]) == of_group,
                    "offsets of a group");
         }
+        if (!with_weights) continue;
+        const FastReturn fast(wanted[r], group.top_k, weights_of_ranks);
+        expect(values_of<int32_t>(tensors.copy_slot_to_row) == fast.copy_slot_to_row,
+               "rows of copies");
+        expect(values_of<float>(tensors.copy_weights) == fast.copy_weights, "weights of copies");
+        expect(values_of<int32_t>(tensors.slot_to_partial) == fast.slot_to_partial,
+               "where partial sums arrive");
+        expect(values_of<float>(tensors.ones) == fast.ones, "ones");
     }
 }
 
 void a_plan_by_sorts_is_the_hosts() {
-    check_sorted_plan(Group(1, 4, 2, 1, {5}, 1));
-    check_sorted_plan(Group(2, 4, 2, 1, {5, 3}, 2));
-    check_sorted_plan(Group(3, 7, 3, 2, {4, 0, 9}, 3));
-    check_sorted_plan(Group(4, 5, 1, 4, {1, 2, 3, 4}, 4));
-    check_sorted_plan(Group(8, 64, 8, 3, {0, 0, 0, 17, 0, 1, 0, 2}, 5));
-    check_sorted_plan(Group(5, 5, 5, 1, {0, 0, 0, 0, 0}, 6));
-    check_sorted_plan(Group(3, 16, 2, 4, {900, 0, 1200}, 7));
+    for (const bool with_weights : {false, true}) {
+        check_sorted_plan(Group(1, 4, 2, 1, {5}, 1), with_weights);
+        check_sorted_plan(Group(2, 4, 2, 1, {5, 3}, 2), with_weights);
+        check_sorted_plan(Group(3, 7, 3, 2, {4, 0, 9}, 3), with_weights);
+        check_sorted_plan(Group(4, 5, 1, 4, {1, 2, 3, 4}, 4), with_weights);
+        check_sorted_plan(Group(8, 64, 8, 3, {0, 0, 0, 17, 0, 1, 0, 2}, 5), with_weights);
+        check_sorted_plan(Group(5, 5, 5, 1, {0, 0, 0, 0, 0}, 6), with_weights);
+        check_sorted_plan(Group(3, 16, 2, 4, {900, 0, 1200}, 7), with_weights);
+    }
 }
 
 void plan_routes_checks_its_arguments() {
@@ -223,6 +242,23 @@ void plan_routes_checks_its_arguments() {
                        {});
         },
         "row_slots must have k entries a token, got 3 with 2 tokens");
+    Array four(DType::kInt32, 4), rows(DType::kInt32, 4), weights(DType::kFloat32, 5),
+        group(DType::kInt64, 2), others[3] = {{DType::kInt32, 4}, {DType::kInt32, 4}, sent_back};
+    const auto add_weights = [&](TensorView all_weights, TensorView copy_weights) {
+        place_rows({four.view({4}), rows.view({4}), received.view({2, 1}), ids.view({4}),
+                    sent.view({1, 2}), offsets.view({2}), all_weights},
+                   {others[0].view({4}),
+                    others[1].view({4}),
+                    back.view({1, 2}),
+                    group.view({1, 2}),
+                    others[2].view({4}),
+                    copy_weights,
+                    {}});
+    };
+    expect_invalid([&] { add_weights(weights.view({5}), {}); },
+                   "all_weights must have an entry a slot, 4, got");
+    expect_invalid([&] { add_weights(weights.view({4}), weights.view({5})); }, "copy_weights");
+    expect_invalid([&] { add_weights(weights.view({4}), weights.view({4})); }, "ones");
 }
 
 void schedule_follows_the_figures() {

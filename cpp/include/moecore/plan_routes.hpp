@@ -35,20 +35,32 @@ void key_routes(const TensorView& all_ids, const TensorView& places, int rank,
 ///     sent_tokens[i]  = sent_items[i] / P
 ///     group_offsets[g, e] = expert_offsets[e], held between the ends of group g
 ///
+/// and with all_weights, for the slots s whose token has a copy c = token_copies[s / k]; rows of
+/// copies that do not exist are not written:
+///
+///     copy_rows[c * k + s % k]    = slot_rows[s]
+///     copy_weights[c * k + s % k] = all_weights[s]
+///     ones[i]                     = 1
+///
 /// row_slots, slot_rows  [S] int32: rows of this rank's experts to slots, and back
 /// token_copies          [P, F] int32: place of each token's copy among those received, or -1
 /// back_slots            [S] int32: slots in the order of their way back
 /// sent_items            [T, P] int32: token * P + rank in the order of copies sent
 /// expert_offsets        [E_local + 1] int64
+/// all_weights           [P, F, k] float32: the weight of every route; or absent
 /// All are contiguous. Throws InvalidArgument if a shape, dtype or device is not as above.
 struct RowOrders {
     TensorView row_slots, slot_rows, token_copies, back_slots, sent_items, expert_offsets;
+    TensorView all_weights;
 };
 struct PlacedRows {
     TensorView sorted_slots;   ///< [S] int32, out
     TensorView back_rows;      ///< [S] int32, out
     TensorView sent_tokens;    ///< [T, P] int32, out
     TensorView group_offsets;  ///< [G, E_local + 1] int64, out
+    TensorView copy_rows;      ///< [S] int32, out, with all_weights
+    TensorView copy_weights;   ///< [S] float32, out, likewise
+    TensorView ones;           ///< [T, P] float32, out, likewise
 };
 void place_rows(const RowOrders& orders, const PlacedRows& rows, Stream stream = {});
 

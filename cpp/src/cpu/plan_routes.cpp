@@ -41,7 +41,12 @@ void place_rows(const PlaceRowsArgs& args) {
         args.sorted_slots[i] =
             slot < 0 ? -1 : static_cast<int32_t>(args.token_copies[slot / k] * k + slot % k);
         args.back_rows[i] = back < 0 ? -1 : args.slot_rows[back];
+        const int64_t copy = args.token_copies[i / k];
+        if (args.all_weights == nullptr || copy < 0) continue;
+        args.copy_rows[copy * k + i % k] = args.slot_rows[i];
+        args.copy_weights[copy * k + i % k] = args.all_weights[i];
     }
+    if (args.all_weights != nullptr) std::fill_n(args.ones, args.num_items, 1.0f);
     for (int64_t i = 0; i < args.num_items; ++i) {
         const int32_t item = args.sent_items[i];
         args.sent_tokens[i] = item < 0 ? -1 : item / args.num_ranks;

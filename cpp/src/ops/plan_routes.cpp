@@ -112,6 +112,22 @@ void place_rows(const RowOrders& orders, const PlacedRows& rows, Stream stream) 
                    {"back_rows", rows.back_rows, kInt},
                    {"sent_tokens", rows.sent_tokens, kInt},
                    {"group_offsets", rows.group_offsets, kLong}});
+    const bool has_weights = orders.all_weights.defined();
+    if (has_weights) {
+        check.that(orders.all_weights.num_elements() == slots,
+                   "all_weights must have an entry a slot, ", slots, ", got ", orders.all_weights);
+        check.shape("copy_rows", rows.copy_rows, {slots});
+        check.shape("copy_weights", rows.copy_weights, {slots});
+        check.shape("ones", rows.ones, {own, ranks});
+        check_tensors(check,
+                      {{"row_slots", orders.row_slots, kInt},
+                       {"slot_rows", orders.slot_rows, kInt},
+                       {"token_copies", orders.token_copies, kInt},
+                       {"all_weights", orders.all_weights, DType::kFloat32}},
+                      {{"copy_rows", rows.copy_rows, kInt},
+                       {"copy_weights", rows.copy_weights, DType::kFloat32},
+                       {"ones", rows.ones, DType::kFloat32}});
+    }
     const PlaceRowsArgs args{
         .row_slots = orders.row_slots.as<int32_t>(),
         .slot_rows = orders.slot_rows.as<int32_t>(),
@@ -119,10 +135,14 @@ void place_rows(const RowOrders& orders, const PlacedRows& rows, Stream stream) 
         .back_slots = orders.back_slots.as<int32_t>(),
         .sent_items = orders.sent_items.as<int32_t>(),
         .expert_offsets = orders.expert_offsets.as<int64_t>(),
+        .all_weights = has_weights ? orders.all_weights.as<float>() : nullptr,
         .sorted_slots = rows.sorted_slots.as<int32_t>(),
         .back_rows = rows.back_rows.as<int32_t>(),
         .sent_tokens = rows.sent_tokens.as<int32_t>(),
         .group_offsets = rows.group_offsets.as<int64_t>(),
+        .copy_rows = rows.copy_rows.as<int32_t>(),
+        .copy_weights = rows.copy_weights.as<float>(),
+        .ones = rows.ones.as<float>(),
         .num_slots = slots,
         .num_items = own * ranks,
         .top_k = tokens == 0 ? 1 : static_cast<int>(slots / tokens),

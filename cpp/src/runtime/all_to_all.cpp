@@ -17,24 +17,38 @@ constexpr int kWhole = -1;  ///< a phase of all groups
 using Lane = Timeline::Lane;
 
 /// [P, F, k] on the device: every rank's routes, padded with the id -1 to F = the most tokens.
-TensorView gather_ids(EpResources& resources, const TensorView& topk_ids,
-                      const Agreement& agreement, Stream stream) {
+struct AllRoutes {
+    TensorView ids;
+    TensorView weights;  ///< with kFast only; padded with NaN
+};
+
+AllRoutes gather_routes(EpResources& resources, const ExpertParallel::Call& call,
+                        const Agreement& agreement, Stream stream) {
     Transport& transport = resources.transport;
     const auto& num_tokens = agreement.num_tokens;
     const int64_t most = *std::max_element(num_tokens.begin(), num_tokens.end());
-    const int64_t ranks = transport.size(), top_k = topk_ids.shape[1];
-    TensorView mine, all;
-    take_all(resources.device_plan.ids,
-             {{&mine, DType::kInt32, most * top_k}, {&all, DType::kInt32, ranks * most * top_k}});
-    const auto bytes_of = [](int64_t count) {
-        return static_cast<size_t>(count) * sizeof(int32_t);
+    const int64_t ranks = transport.size(), top_k = call.topk_ids.shape[1];
+    const bool with_weights = call.how.combine == CombineMode::kFast;
+    const int64_t slots = most * top_k, weights = with_weights ? slots : 0;
+    TensorView mine, all, my_weights, all_weights;
+    take_all(resources.device_plan.ids, {{&mine, DType::kInt32, slots},
+                                         {&all, DType::kInt32, ranks * slots},
+                                         {&my_weights, DType::kFloat32, weights},
+                                         {&all_weights, DType::kFloat32, ranks * weights}});
+    const auto gather = [&](const char* phase, const TensorView& source, const TensorView& own,
+                            const TensorView& everyones) {
+        const auto bytes_of = [](int64_t count) { return static_cast<size_t>(count) * 4; };
+        const int64_t count = source.num_elements();
+        const TensorView padding = slice(own, count, own.shape[0] - count);
+        cuda::fill(padding.data, 0xff, bytes_of(padding.shape[0]), stream);
+        cuda::copy(own.data, source.data, bytes_of(count), stream);
+        transport.all_gather_rows(phase, own.data, everyones.data, bytes_of(own.shape[0]), stream);
+        return TensorView(everyones.data, source.dtype, {ranks, most, top_k}, transport.device());
     };
-    const int64_t own = topk_ids.num_elements();
-    const TensorView padding = slice(mine, own, mine.shape[0] - own);
-    cuda::fill(padding.data, 0xff, bytes_of(padding.shape[0]), stream);
-    cuda::copy(mine.data, topk_ids.data, bytes_of(own), stream);
-    transport.all_gather_rows("gather ids", mine.data, all.data, bytes_of(mine.shape[0]), stream);
-    return TensorView(all.data, DType::kInt32, {ranks, most, top_k}, transport.device());
+    AllRoutes routes{.ids = gather("gather ids", call.topk_ids, mine, all), .weights = {}};
+    if (with_weights)
+        routes.weights = gather("gather weights", call.topk_weights, my_weights, all_weights);
+    return routes;
 }
 
 /// One call: the plan, and its phases. Must live until the lane is idle.
@@ -46,6 +60,7 @@ public:
           timeline_(resources.timeline),
           call_(call),
           is_on_host_(transport_.device().type == DeviceType::kCpu),
+          is_fast_(call.how.combine == CombineMode::kFast),
           places_(agreement.ranges, num_groups),
           plan_(num_groups, transport_.size()),
           row_bytes_(static_cast<size_t>(call.config.hidden_size) * size_of(call.config.dtype)),
@@ -53,14 +68,12 @@ public:
         if (agreement.has_routes())
             plan_on_host(resources, agreement, stream);
         else
-            plan_ = plan_on_device(transport_, places_,
-                                   gather_ids(resources, call.topk_ids, agreement, stream),
-                                   call.topk_ids.shape[0], resources.device_plan, tensors_, stream);
+            plan_on_device(resources, agreement, stream);
         take_scratch(resources.workspace);
     }
 
     int num_groups() const { return places_.num_groups(); }
-    bool is_fast() const { return fast_.has_value(); }
+    bool is_fast() const { return is_fast_; }
 
     /// Puts the tokens' copies side by side, in the order in which they are sent. What packs runs
     /// on the stream of the GEMMs: these leave no multiprocessor to another one while they run.
@@ -74,9 +87,10 @@ public:
     /// Sends the copies of tokens that `group` needs first.
     void dispatch(int group, Stream stream) {
         timeline_.span("dispatch", group, Lane::kCommunication, stream, [&] {
-            exchange("dispatch", call_.hidden_states, tensors_.sent_tokens,
-                     plan_.sent.before(group), plan_.sent.of_group(group), packed_, copies_,
-                     plan_.received.before(group), plan_.received.of_group(group), stream);
+            send("dispatch",
+                 rows_to_send(call_.hidden_states, tensors_.sent_tokens, packed_,
+                              plan_.sent.before(group), plan_.sent.of_group(group)),
+                 copies_, plan_.received.before(group), plan_.received.of_group(group), stream);
         });
     }
 
@@ -100,27 +114,32 @@ public:
     /// Sends every route's result of `group` to the token's owner.
     void send_back(int group, Stream stream) {
         timeline_.span("return", group, Lane::kCommunication, stream, [&] {
-            exchange("return", rows_, tensors_.back_rows, plan_.sent_back.before(group),
-                     plan_.sent_back.of_group(group), packed_back_, back_,
-                     plan_.received_back.before(group), plan_.received_back.of_group(group),
-                     stream);
+            send("return",
+                 rows_to_send(rows_, tensors_.back_rows, packed_back_,
+                              plan_.sent_back.before(group), plan_.sent_back.of_group(group)),
+                 back_, plan_.received_back.before(group), plan_.received_back.of_group(group),
+                 stream);
         });
     }
 
-    /// kFast: adds the routes of each copy where its experts are, and packs the sums.
+    /// kFast: adds the routes of each copy where its experts are.
     void add_locally(Stream stream) {
         timeline_.span("add locally", kWhole, Lane::kCompute, stream, [&] {
             combine(rows_, tensors_.copy_slot_to_row, tensors_.copy_weights, {}, {}, partial_,
                     stream);
-            pack(partial_, tensors_.back_copies, 0, sum(fast_->sent_back), packed_back_, stream);
         });
     }
 
-    /// kFast: sends one row a copy to the token's owner.
-    void send_back_partial(Stream stream) {
-        timeline_.span("return", kWhole, Lane::kCommunication, stream, [&] {
-            exchange("return", partial_, tensors_.back_copies, 0, fast_->sent_back, packed_back_,
-                     back_, 0, fast_->received_back, stream);
+    /// kFast: sends one row a copy to the token's owner, the way the copies of `group` came.
+    void send_back_partial(int group, Stream stream) {
+        timeline_.span("return", group, Lane::kCommunication, stream, [&] {
+            const TensorView rows = slice(partial_, plan_.received.before(group), 0);
+            send("return",
+                 {.data = rows.data,
+                  .row_stride = row_bytes_,
+                  .index = nullptr,
+                  .counts = plan_.received.of_group(group)},
+                 back_, plan_.sent.before(group), plan_.sent.of_group(group), stream);
         });
     }
 
@@ -128,9 +147,9 @@ public:
     /// expert's.
     void combine_results(const TensorView& shared, const TensorView& shared_scale, Stream stream) {
         timeline_.span("combine", kWhole, Lane::kCompute, stream, [&] {
-            combine(back_, fast_ ? tensors_.slot_to_partial : tensors_.slot_to_back,
-                    fast_ ? tensors_.ones : call_.topk_weights, shared, shared_scale, call_.output,
-                    stream);
+            combine(back_, is_fast_ ? tensors_.slot_to_partial : tensors_.slot_to_back,
+                    is_fast_ ? tensors_.ones : call_.topk_weights, shared, shared_scale,
+                    call_.output, stream);
         });
     }
 
@@ -138,9 +157,16 @@ private:
     void plan_on_host(EpResources& resources, const Agreement& agreement, Stream stream) {
         const int top_k = call_.config.routing.top_k;
         plan_ = make_dispatch_plan(places_, transport_.rank(), top_k, agreement.ids);
-        if (call_.how.combine == CombineMode::kFast) fast_.emplace(plan_, top_k, agreement.weights);
+        if (is_fast_) fast_.emplace(plan_, top_k, agreement.weights);
         tensors_ = place_plan(plan_, fast_ ? &*fast_ : nullptr, places_, transport_.rank(),
                               resources.plan_storage, transport_.device(), stream);
+    }
+
+    void plan_on_device(EpResources& resources, const Agreement& agreement, Stream stream) {
+        const AllRoutes all = gather_routes(resources, call_, agreement, stream);
+        plan_ = moecore::plan_on_device(transport_, places_, all.ids, all.weights,
+                                        call_.topk_ids.shape[0], resources.device_plan, tensors_,
+                                        stream);
     }
 
     void take_scratch(Workspace& workspace) {
@@ -149,16 +175,15 @@ private:
         const int64_t num_copies = plan_.received.total();
         const int64_t num_rows = plan_.sent_back.total();
         const int64_t num_sent = plan_.sent.total();
-        // A transport of host memory gathers rows by itself.
-        const int64_t packed_back = is_fast() ? num_copies : num_rows;
         take_all(workspace,
                  {{&copies_, dtype, num_copies, width},
                   {&inner_, dtype, num_rows, call_.config.intermediate_size},
                   {&rows_, dtype, num_rows, width},
                   {&back_, dtype, is_fast() ? num_sent : plan_.received_back.total(), width},
                   {&partial_, dtype, is_fast() ? num_copies : 0, width},
+                  // A transport of host memory gathers rows by itself.
                   {&packed_, dtype, is_on_host_ ? 0 : num_sent, width},
-                  {&packed_back_, dtype, is_on_host_ ? 0 : packed_back, width}});
+                  {&packed_back_, dtype, is_on_host_ || is_fast() ? 0 : num_rows, width}});
     }
 
     static int64_t sum(std::span<const int64_t> counts) {
@@ -173,30 +198,33 @@ private:
         gather_rows(source, slice(index, first, count), slice(packed, first, count), stream);
     }
 
-    /// Sends rows of the phase that begins at first_sent, which are `source[index[i]]` and were
-    /// packed; what arrives goes to rows of `target` from first_received on.
-    void exchange(const char* phase, const TensorView& source, const TensorView& index,
-                  int64_t first_sent, std::span<const int64_t> sent, const TensorView& packed,
-                  const TensorView& target, int64_t first_received,
-                  std::span<const int64_t> received, Stream stream) {
-        RowsToSend send{
-            .data = source.data,
-            .row_stride = static_cast<size_t>(source.strides[0]) * size_of(source.dtype),
-            .index = index.as<int32_t>() + first_sent,
-            .counts = sent};
-        if (!is_on_host_) {
-            const TensorView rows = slice(packed, first_sent, 0);
-            send = {.data = rows.data, .row_stride = row_bytes_, .index = nullptr, .counts = sent};
-        }
+    /// Rows `source[index[i]]` for i from `first` on: those in `packed`, if they were packed.
+    RowsToSend rows_to_send(const TensorView& source, const TensorView& index,
+                            const TensorView& packed, int64_t first,
+                            std::span<const int64_t> counts) const {
+        if (is_on_host_)
+            return {.data = source.data,
+                    .row_stride = static_cast<size_t>(source.strides[0]) * size_of(source.dtype),
+                    .index = index.as<int32_t>() + first,
+                    .counts = counts};
+        return {.data = slice(packed, first, 0).data,
+                .row_stride = row_bytes_,
+                .index = nullptr,
+                .counts = counts};
+    }
+
+    /// Sends rows; what arrives goes to rows of `target` from first_received on.
+    void send(const char* phase, const RowsToSend& rows, const TensorView& target,
+              int64_t first_received, std::span<const int64_t> received, Stream stream) {
         const TensorView arrived = slice(target, first_received, 0);
-        transport_.all_to_all_v(phase, send, {.data = arrived.data, .counts = received}, row_bytes_,
+        transport_.all_to_all_v(phase, rows, {.data = arrived.data, .counts = received}, row_bytes_,
                                 stream);
     }
 
     Transport& transport_;
     Timeline& timeline_;
     const ExpertParallel::Call& call_;
-    bool is_on_host_;
+    bool is_on_host_, is_fast_;
     ExpertPlaces places_;
     DispatchPlan plan_;
     std::optional<FastReturn> fast_;
@@ -236,7 +264,9 @@ void run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, Timeline
     }
     if (exchange.is_fast()) {
         exchange.add_locally(stream);
-        leaving = lane.submit([&exchange](Stream s) { exchange.send_back_partial(s); }, stream);
+        for (int group = 0; group < num_groups; ++group)
+            leaving = lane.submit(
+                [&exchange, group](Stream s) { exchange.send_back_partial(group, s); }, stream);
     }
     lane.wait(leaving, stream);
     exchange.combine_results(shared, shared_scale, stream);
@@ -244,9 +274,8 @@ void run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, Timeline
 
 }  // namespace
 
-bool needs_host_routes(const Transport& transport, const ExpertParallel::Call& call,
-                       const Agreement& agreement, int num_groups) {
-    return transport.device().type == DeviceType::kCpu || call.how.combine == CombineMode::kFast ||
+bool needs_host_routes(const Transport& transport, const Agreement& agreement, int num_groups) {
+    return transport.device().type == DeviceType::kCpu ||
            !can_plan_on_device(ExpertPlaces(agreement.ranges, num_groups));
 }
 

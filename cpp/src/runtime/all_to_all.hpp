@@ -26,8 +26,7 @@ struct EpResources {
 };
 
 /// Whether a call's routes must be in host memory: on the CPU, and for what a device cannot plan.
-bool needs_host_routes(const Transport& transport, const ExpertParallel::Call& call,
-                       const Agreement& agreement, int num_groups);
+bool needs_host_routes(const Transport& transport, const Agreement& agreement, int num_groups);
 
 /// One layer by Schedule::kAllToAll. `agreement` holds every rank's routes if they are needed.
 void run_all_to_all(EpResources& resources, const ExpertParallel::Call& call,

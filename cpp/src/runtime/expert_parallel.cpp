@@ -86,7 +86,7 @@ void ExpertParallel::forward(const Call& call, Stream stream) {
     if (choice_.schedule == Schedule::kAllGather)
         return run_fixed(call, fixed_tokens > 0 ? fixed_tokens : load.max_tokens, agreement.ranges,
                          stream);
-    if (needs_host_routes(transport_, call, agreement, choice_.num_groups)) {
+    if (needs_host_routes(transport_, agreement, choice_.num_groups)) {
         if (!is_on_host) routes = routes_on_host(transport_, call, state.routes, stream);
         exchange_routes(transport_, call.config, call.how, routes, agreement);
     }

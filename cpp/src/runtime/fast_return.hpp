@@ -9,13 +9,10 @@
 namespace moecore {
 
 /// The way back of CombineMode::kFast: a copy's routes are added where its experts are, and one row
-/// a copy returns. Both sides order rows by (rank, group, token).
+/// a copy returns the way it came: what was received is sent, and what was sent is received.
 struct FastReturn {
     std::vector<int32_t> copy_slot_to_row;  ///< [copies * k]: row of the experts, -1 elsewhere
     std::vector<float> copy_weights;        ///< [copies, k]
-    std::vector<int32_t> back_copies;       ///< [copies]: copy of each row sent back
-    std::vector<int64_t> sent_back;         ///< [P] rows to each rank
-    std::vector<int64_t> received_back;     ///< [P] rows from each rank
     std::vector<int32_t> slot_to_partial;   ///< [T * P]: a token's row from each rank, -1 for none
     std::vector<float> ones;                ///< [T, P]
 

@@ -66,12 +66,15 @@ bool can_plan_on_device(const ExpertPlaces& places) {
 }
 
 DispatchPlan plan_on_device(Transport& transport, const ExpertPlaces& places,
-                            const TensorView& all_ids, int64_t num_tokens,
-                            DevicePlanStorage& storage, PlanTensors& tensors, Stream stream) {
+                            const TensorView& all_ids, const TensorView& all_weights,
+                            int64_t num_tokens, DevicePlanStorage& storage, PlanTensors& tensors,
+                            Stream stream) {
     const int rank = transport.rank();
     const int64_t ranks = all_ids.shape[0], tokens = all_ids.shape[1], top_k = all_ids.shape[2];
     const int64_t slots = all_ids.num_elements(), groups = places.num_groups();
     const int64_t bins = groups * ranks, width = places.num_local(rank) + 1;
+    const bool with_weights = all_weights.defined();
+    const int64_t added_slots = with_weights ? slots : 0;
     const bool is_on_host = all_ids.device.type == DeviceType::kCpu;
     place_experts(places, storage, stream);
 
@@ -98,7 +101,10 @@ DispatchPlan plan_on_device(Transport& transport, const ExpertPlaces& places,
                               {&rows.sorted_slots, kInt, slots},
                               {&rows.back_rows, kInt, slots},
                               {&rows.sent_tokens, kInt, num_tokens, ranks},
-                              {&rows.group_offsets, kLong, groups, width}});
+                              {&rows.group_offsets, kLong, groups, width},
+                              {&rows.copy_rows, kInt, added_slots},
+                              {&rows.copy_weights, DType::kFloat32, added_slots},
+                              {&rows.ones, DType::kFloat32, with_weights ? num_tokens : 0, ranks}});
     Sorted* const kinds[] = {&sent, &received_back, &received, &sent_back};
     key_routes(all_ids, storage.places_view, rank,
                {.sent = shaped(sent.keys, {num_tokens, ranks}),
@@ -128,7 +134,8 @@ DispatchPlan plan_on_device(Transport& transport, const ExpertPlaces& places,
                 .token_copies = shaped(received.positions, {ranks, tokens}),
                 .back_slots = sent_back.items,
                 .sent_items = shaped(sent.items, {num_tokens, ranks}),
-                .expert_offsets = offsets},
+                .expert_offsets = offsets,
+                .all_weights = all_weights},
                rows, stream);
 
     DispatchPlan plan(static_cast<int>(groups), static_cast<int>(ranks));
@@ -140,6 +147,13 @@ DispatchPlan plan_on_device(Transport& transport, const ExpertPlaces& places,
     tensors.sorted_slots = slice(rows.sorted_slots, 0, plan.sent_back.total());
     tensors.back_rows = slice(rows.back_rows, 0, plan.sent_back.total());
     tensors.slot_to_back = received_back.positions;
+    if (with_weights) {
+        const int64_t copies = plan.received.total();
+        tensors.copy_slot_to_row = slice(rows.copy_rows, 0, copies * top_k);
+        tensors.copy_weights = shaped(rows.copy_weights, {copies, top_k});
+        tensors.slot_to_partial = sent.positions;
+        tensors.ones = rows.ones;
+    }
     for (int64_t g = 0; g < groups; ++g)
         tensors.group_offsets.push_back(shaped(slice(rows.group_offsets, g, 1), {width}));
     return plan;

@@ -16,7 +16,7 @@ struct DevicePlanStorage {
         : memory(device, 0), ids(device, 0), places(device, 0) {}
 
     Workspace memory;
-    Workspace ids;     ///< this rank's routes, then every rank's
+    Workspace ids;     ///< this rank's routes, then every rank's; their weights likewise
     Workspace places;  ///< [E]: group * P + owner
     cuda::PinnedBuffer pinned;
     std::vector<ExpertRange> ranges;  ///< what `places` holds
@@ -28,11 +28,12 @@ struct DevicePlanStorage {
 bool can_plan_on_device(const ExpertPlaces& places);
 
 /// The plan of make_dispatch_plan, in `tensors`, made on the device of `all_ids` [P, F, k], which
-/// is padded with the id -1. The result has its counts; its arrays stay empty. `transport` waits
-/// until the host has the counts: 4 * G * P numbers are all that it reads. Views live until the
-/// next call with the same storage.
+/// is padded with the id -1. With `all_weights` [P, F, k], those of FastReturn, too. The result has
+/// its counts; its arrays stay empty. `transport` waits until the host has the counts: 4 * G * P
+/// numbers are all that it reads. Views live until the next call with the same storage.
 DispatchPlan plan_on_device(Transport& transport, const ExpertPlaces& places,
-                            const TensorView& all_ids, int64_t num_tokens,
-                            DevicePlanStorage& storage, PlanTensors& tensors, Stream stream);
+                            const TensorView& all_ids, const TensorView& all_weights,
+                            int64_t num_tokens, DevicePlanStorage& storage, PlanTensors& tensors,
+                            Stream stream);
 
 }  // namespace moecore

@@ -80,7 +80,6 @@ PlanTensors place_plan(DispatchPlan& plan, FastReturn* fast, const ExpertPlaces&
             copies == 0 ? 1 : static_cast<int64_t>(fast->copy_weights.size()) / copies;
         add(tensors.copy_slot_to_row, fast->copy_slot_to_row, DType::kInt32);
         add(tensors.copy_weights, fast->copy_weights, DType::kFloat32, top_k);
-        add(tensors.back_copies, fast->back_copies, DType::kInt32);
         add(tensors.slot_to_partial, fast->slot_to_partial, DType::kInt32);
         add(tensors.ones, fast->ones, DType::kFloat32, places.num_ranks());
     }

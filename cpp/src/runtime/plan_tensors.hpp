@@ -17,8 +17,8 @@ struct PlanTensors {
     TensorView back_rows;                   ///<
     TensorView slot_to_back;                ///<
     std::vector<TensorView> group_offsets;  ///< expert_offsets of each group: others have no rows
-    TensorView copy_slot_to_row, copy_weights, back_copies;  ///< as in FastReturn, if it is used
-    TensorView slot_to_partial, ones;                        ///<
+    TensorView copy_slot_to_row, copy_weights;  ///< as in FastReturn, if it is used
+    TensorView slot_to_partial, ones;           ///<
 };
 
 /// Where a plan's arrays live: host memory of both kinds, and device memory, kept between calls.

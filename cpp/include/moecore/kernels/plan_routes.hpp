@@ -29,10 +29,14 @@ struct PlaceRowsArgs {
     const int32_t* back_slots;      ///< [S] slot of each result sent back, -1 past the last
     const int32_t* sent_items;      ///< [T * P] token * P + rank of each copy sent, likewise
     const int64_t* expert_offsets;  ///< [E_local + 1]
+    const float* all_weights;       ///< [S], or nullptr
     int32_t* sorted_slots;          ///< [S], out
     int32_t* back_rows;             ///< [S], out
     int32_t* sent_tokens;           ///< [T * P], out
     int64_t* group_offsets;         ///< [G, E_local + 1], out
+    int32_t* copy_rows;             ///< [S], out, with all_weights
+    float* copy_weights;            ///< [S], out, likewise
+    float* ones;                    ///< [T * P], out, likewise
     int64_t num_slots, num_items;   ///< S and T * P
     int top_k, num_ranks, num_groups, num_local_experts;
 };
