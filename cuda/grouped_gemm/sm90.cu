@@ -73,9 +73,12 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
     params.num_k_blocks = static_cast<int>(ceil_div(args.k_dim, BLOCK_K));
     params.is_output_aligned = is_multiple_of_16(args.output) && args.output_stride % 8 == 0;
     params.are_weights_shared = args.num_rows > int64_t{config.max_tokens} * args.num_groups;
-    // Weights that are read once come at the memory's speed, and need every stage they can get.
-    constexpr int kShortProducts = 32;  // rows
-    params.frees_early = !params.are_weights_shared && config.max_tokens > kShortProducts;
+    // A stage given back early keeps the memory busy, products in the queue the tensor cores: that
+    // pays where products take little of the time.
+    constexpr int kShortProducts = 32, kFewRows = 128;
+    params.frees_early = Shape::kBlocks == 1
+                             ? !params.are_weights_shared && config.max_tokens > kShortProducts
+                             : config.max_tokens >= kFewRows;
     params.copies_rows =
         Shape::kBlocks > 1 && args.sorted_slots == nullptr && config.max_tokens % kBoxRows == 0;
     params.begins_early = Shape::kCluster == 1 && args.settled != Settled::kNothing;
