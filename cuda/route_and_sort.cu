@@ -104,7 +104,7 @@ void route_and_sort(const RouteAndSortArgs& args, Stream stream) {
         args.routing.num_tokens <= kMaxTokens && args.routing.num_experts <= kMaxExperts;
     if (!is_small) {
         topk_routing(args.routing, stream);
-        sort_by_expert(args.sort, stream);
+        sort_by_expert(std::span(&args.sort, 1), stream);
     } else if (args.routing.logits_dtype == DType::kBFloat16) {
         launch<__nv_bfloat16>(args, stream);
     } else {

@@ -35,7 +35,7 @@ namespace {
 }  // namespace
 
 void topk_routing(const TopkRoutingArgs&, Stream) { throw_no_cuda("topk_routing"); }
-void sort_by_expert(const SortByExpertArgs&, Stream) { throw_no_cuda("sort_by_expert"); }
+void sort_by_expert(std::span<const SortByExpertArgs>, Stream) { throw_no_cuda("sort_by_expert"); }
 void route_and_sort(const RouteAndSortArgs&, Stream) { throw_no_cuda("route_and_sort"); }
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }

@@ -118,7 +118,7 @@ __device__ inline void sort_few_slots(const SortByExpertArgs& args,
 }
 
 /// Sorts args' slots; this block's are begin .. end - 1. `shared` has sort_shared_bytes(). Every
-/// thread of the cluster calls it, and the cluster is the whole grid.
+/// thread of the cluster calls it.
 __device__ inline void sort_slots(const SortByExpertArgs& args, int64_t begin, int64_t end,
                                   int32_t* shared) {
     const int num_experts = args.num_local_experts;

@@ -83,11 +83,54 @@ void test_sort_names_the_bad_argument() {
         "sorted_slots must not overlap expert_offsets");
 }
 
+void test_several_sorts_are_those_alone() {
+    struct Sort {
+        int64_t num_tokens, first, num_local;
+    };
+    const Sort sorts[] = {{40, 0, 7}, {0, 3, 2}, {700, 2, 3}};
+    Random random(6);
+    std::vector<Array> arrays;
+    std::vector<SortProblem> problems;
+    for (const Sort& sort : sorts) {
+        const int64_t slots = sort.num_tokens * 2;
+        std::vector<int64_t> ids;
+        for (int64_t i = 0; i < slots; ++i) ids.push_back(random.below(9) - 1);
+        arrays.push_back(int_array(DType::kInt32, ids));
+        SortProblem problem{arrays.back().view({sort.num_tokens, 2}), sort.first, {}, {}, {}};
+        for (TensorView* out : {&problem.sorted_slots, &problem.slot_to_row}) {
+            arrays.emplace_back(DType::kInt32, slots);
+            *out = arrays.back().view({slots});
+        }
+        arrays.emplace_back(DType::kInt64, sort.num_local + 1);
+        problem.expert_offsets = arrays.back().view({sort.num_local + 1});
+        problems.push_back(problem);
+    }
+    sort_by_expert(problems);
+    for (size_t i = 0; i < problems.size(); ++i) {
+        const SortProblem& one = problems[i];
+        Array wanted[3] = {arrays[4 * i + 1], arrays[4 * i + 2], arrays[4 * i + 3]};
+        for (Array& array : wanted) array.fill(77);
+        sort_by_expert(one.topk_ids, one.first_expert, wanted[0].view({wanted[0].size()}),
+                       wanted[1].view({wanted[1].size()}), wanted[2].view({wanted[2].size()}));
+        for (size_t a = 0; a < 3; ++a)
+            for (int64_t at = 0; at < wanted[a].size(); ++at)
+                expect(arrays[4 * i + 1 + a][at] == wanted[a][at], concat("sort ", i));
+    }
+    sort_by_expert(std::span<const SortProblem>());
+    problems.resize(9, problems[0]);
+    expect_invalid([&] { sort_by_expert(problems); }, "problems must be at most 8, got 9");
+    problems.resize(2);
+    problems[1].topk_ids = on_other_device(problems[1].topk_ids);
+    expect_invalid([&] { sort_by_expert(problems); }, "topk_ids must be on");
+}
+
 }  // namespace
 
 void add_sort_by_expert_tests(std::vector<Test>& tests) {
-    tests.insert(tests.end(), {{"sort_matches_a_naive_sort", test_sort_matches_a_naive_sort},
-                               {"sort_names_the_bad_argument", test_sort_names_the_bad_argument}});
+    tests.insert(tests.end(),
+                 {{"sort_matches_a_naive_sort", test_sort_matches_a_naive_sort},
+                  {"several_sorts_are_those_alone", test_several_sorts_are_those_alone},
+                  {"sort_names_the_bad_argument", test_sort_names_the_bad_argument}});
 }
 
 }  // namespace moecore::test

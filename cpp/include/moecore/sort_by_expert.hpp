@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "moecore/stream.hpp"
 #include "moecore/tensor_view.hpp"
@@ -21,5 +22,17 @@ namespace moecore {
 void sort_by_expert(const TensorView& topk_ids, int64_t first_expert,
                     const TensorView& sorted_slots, const TensorView& slot_to_row,
                     const TensorView& expert_offsets, Stream stream = {});
+
+/// The arguments of one sort_by_expert.
+struct SortProblem {
+    TensorView topk_ids;
+    int64_t first_expert;
+    TensorView sorted_slots, slot_to_row, expert_offsets;
+};
+inline constexpr int kMaxSorts = 8;
+
+/// At most kMaxSorts that do not depend on each other, on CUDA at the same time. Throws
+/// InvalidArgument as above, and if their devices differ.
+void sort_by_expert(std::span<const SortProblem> problems, Stream stream = {});
 
 }  // namespace moecore

@@ -1,5 +1,6 @@
 #include "moecore/sort_by_expert.hpp"
 
+#include <array>
 #include <limits>
 
 #include "moecore/kernels/memory.hpp"
@@ -52,19 +53,36 @@ SortByExpertArgs checked_sort_by_expert(const Check& check, const TensorView& to
     };
 }
 
+void sort_by_expert(std::span<const SortProblem> problems, Stream stream) {
+    const Check check("sort_by_expert");
+    check.that(problems.size() <= kMaxSorts, "problems must be at most ", kMaxSorts, ", got ",
+               problems.size());
+    if (problems.empty()) return;
+    const Device device = problems[0].topk_ids.device;
+    std::array<SortByExpertArgs, kMaxSorts> sorts;
+    for (size_t i = 0; i < problems.size(); ++i) {
+        const SortProblem& one = problems[i];
+        check.device("topk_ids", one.topk_ids, device);
+        sorts[i] = checked_sort_by_expert(check, one.topk_ids, one.first_expert, one.sorted_slots,
+                                          one.slot_to_row, one.expert_offsets);
+    }
+    const std::span used(sorts.data(), problems.size());
+    switch (device.type) {
+        case DeviceType::kCpu:
+            for (const SortByExpertArgs& args : used) cpu::sort_by_expert(args);
+            return;
+        case DeviceType::kCuda: {
+            const cuda::DeviceScope scope(device.index);
+            return cuda::sort_by_expert(used, stream);
+        }
+    }
+}
+
 void sort_by_expert(const TensorView& topk_ids, int64_t first_expert,
                     const TensorView& sorted_slots, const TensorView& slot_to_row,
                     const TensorView& expert_offsets, Stream stream) {
-    const SortByExpertArgs args = checked_sort_by_expert(
-        Check("sort_by_expert"), topk_ids, first_expert, sorted_slots, slot_to_row, expert_offsets);
-    switch (topk_ids.device.type) {
-        case DeviceType::kCpu:
-            return cpu::sort_by_expert(args);
-        case DeviceType::kCuda: {
-            const cuda::DeviceScope scope(topk_ids.device.index);
-            return cuda::sort_by_expert(args, stream);
-        }
-    }
+    const SortProblem one{topk_ids, first_expert, sorted_slots, slot_to_row, expert_offsets};
+    sort_by_expert(std::span(&one, 1), stream);
 }
 
 }  // namespace moecore

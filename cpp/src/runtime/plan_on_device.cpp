@@ -1,5 +1,7 @@
 #include "runtime/plan_on_device.hpp"
 
+#include <array>
+
 #include "moecore/kernels/memory.hpp"
 #include "moecore/plan_routes.hpp"
 #include "moecore/sort_by_expert.hpp"
@@ -44,9 +46,13 @@ struct Sorted {
     TensorView keys, items, positions;
     TensorView offsets;  ///< [bins + 1], among those of all kinds
 
-    void sort(Stream stream) const {
-        const TensorView flat(keys.data, DType::kInt32, {keys.num_elements(), 1}, keys.device);
-        sort_by_expert(flat, 0, items, positions, offsets, stream);
+    SortProblem problem() const {
+        return {
+            .topk_ids = TensorView(keys.data, DType::kInt32, {keys.num_elements(), 1}, keys.device),
+            .first_expert = 0,
+            .sorted_slots = items,
+            .slot_to_row = positions,
+            .expert_offsets = offsets};
     }
 };
 
@@ -112,10 +118,18 @@ DispatchPlan plan_on_device(Transport& transport, const ExpertPlaces& places,
                 .received = shaped(received.keys, {ranks, tokens}),
                 .sent_back = shaped(sent_back.keys, {ranks, tokens, top_k})},
                stream);
+    // The four kinds, and the rows of this rank's experts.
+    std::array<SortProblem, 5> problems;
     for (int64_t i = 0; i < 4; ++i) {
         kinds[i]->offsets = shaped(slice(counts, i, 1), {bins + 1});
-        kinds[i]->sort(stream);
+        problems[static_cast<size_t>(i)] = kinds[i]->problem();
     }
+    problems[4] = {.topk_ids = shaped(all_ids, {ranks * tokens, top_k}),
+                   .first_expert = storage.ranges[static_cast<size_t>(rank)].first,
+                   .sorted_slots = row_slots,
+                   .slot_to_row = slot_rows,
+                   .expert_offsets = offsets};
+    sort_by_expert(problems, stream);
     const size_t bytes = static_cast<size_t>(counts.num_elements()) * sizeof(int64_t);
     const int64_t* host = counts.as<int64_t>();
     if (!is_on_host) {
@@ -126,9 +140,6 @@ DispatchPlan plan_on_device(Transport& transport, const ExpertPlaces& places,
     transport.synchronize("read counts", stream);
 
     // The host knows what travels; the device goes on with where it goes.
-    sort_by_expert(shaped(all_ids, {ranks * tokens, top_k}),
-                   storage.ranges[static_cast<size_t>(rank)].first, row_slots, slot_rows, offsets,
-                   stream);
     place_rows({.row_slots = row_slots,
                 .slot_rows = slot_rows,
                 .token_copies = shaped(received.positions, {ranks, tokens}),

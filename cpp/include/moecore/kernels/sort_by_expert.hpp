@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "moecore/stream.hpp"
 
@@ -21,7 +22,8 @@ namespace cpu {
 void sort_by_expert(const SortByExpertArgs& args);
 }
 namespace cuda {
-void sort_by_expert(const SortByExpertArgs& args, Stream stream);
-}
+/// Several at the same time, at most kMaxSorts.
+void sort_by_expert(std::span<const SortByExpertArgs> sorts, Stream stream);
+}  // namespace cuda
 
 }  // namespace moecore
