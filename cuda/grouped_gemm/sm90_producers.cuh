@@ -25,7 +25,7 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
     constexpr int kBoxBytes = kBoxRows * kRowBytes;
     const bool is_leader = threadIdx.x % kWarpSize == 0;
     // Weights that several tiles of rows share should stay for the next.
-    const ptx::Keep keep = params.are_weights_shared ? ptx::Keep::kNormal : ptx::Keep::kBriefly;
+    const ptx::Keep keep = params.keeps_weights ? ptx::Keep::kNormal : ptx::Keep::kBriefly;
     typename Shape::Walker walker(params.grid);
     ClaimPlace<Shape::kCluster> claim(claims);
     const int num_clusters = static_cast<int>(gridDim.x) / Shape::kCluster;

@@ -10,11 +10,11 @@ using namespace cuda;
 
 constexpr int kRowBytes = 128;  // of a K block
 
-GemmConfig choose(int64_t num_rows, int64_t num_groups) {
+GemmConfig choose(int64_t num_rows, int64_t num_groups, int64_t k_dim = 2048) {
     return choose_config({.num_rows = num_rows,
                           .num_groups = num_groups,
                           .n = 4096,
-                          .k_dim = 2048,
+                          .k_dim = k_dim,
                           .is_gated = true,
                           .num_multiprocessors = 132});
 }
@@ -88,7 +88,9 @@ void tiles_are_slim_where_that_spreads_the_weights() {
 }
 
 void groups_take_pairs_where_those_have_few_tiles_more() {
-    expect(choose(8 * 256, 8).kernel == GemmKernel::kWide, "256 rows a group");
+    expect(choose(8 * 256, 8).kernel == GemmKernel::kWide, "256 rows a group: 2 tiles, short K");
+    expect(choose(8 * 256, 8, 4096).kernel == GemmKernel::kPair, "256 rows a group, long K");
+    expect(choose(8 * 190, 8, 4096).kernel == GemmKernel::kWide, "190 rows a group: 1 tile");
     expect(choose(8 * 512, 8).kernel == GemmKernel::kWide, "512 rows a group: 3 tiles, or 4");
     expect(choose(8 * 1024, 8).kernel == GemmKernel::kPair, "1024 rows a group: 6 tiles");
     expect(choose(8 * 2048, 8).kernel == GemmKernel::kWide, "2048 rows a group: 11 tiles, or 12");
