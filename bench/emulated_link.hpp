@@ -41,6 +41,7 @@ public:
     void abort(const std::string& reason) noexcept override { inner_.abort(reason); }
 
 private:
+    void pass_on(const TransportError& error) override { inner_.abort_because(error); }
     void remember(const void* rows, size_t bytes, Stream stream);
     /// Lets the rows of the next recorded call arrive; `remote_bytes` of them cross the link.
     void arrive(void* target, double remote_bytes, Stream stream);

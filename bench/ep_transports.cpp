@@ -35,6 +35,7 @@ public:
     void abort(const std::string& reason) noexcept override { inner_->abort(reason); }
 
 private:
+    void pass_on(const TransportError& error) override { inner_->abort_because(error); }
     double remote(std::span<const int64_t> counts) const {
         int64_t rows = 0;
         for (size_t r = 0; r < counts.size(); ++r)

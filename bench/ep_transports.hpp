@@ -49,6 +49,7 @@ public:
     void abort(const std::string& reason) noexcept override { inner_.abort(reason); }
 
 private:
+    void pass_on(const TransportError& error) override { inner_.abort_because(error); }
     Transport& inner_;
     bool is_recording_ = true;
     std::vector<std::vector<char>> recorded_;

@@ -197,10 +197,11 @@ def test_the_result_does_not_depend_on_earlier_calls(device):
     assert_same_bits(layer(x[:5], logits[:5]), fresh(x[:5], logits[:5]))
 
 
+@pytest.mark.parametrize("num_tokens", [16, 40])
 @DTYPES
-def test_a_rank_adds_only_its_own_experts(device, dtype):
+def test_a_rank_adds_only_its_own_experts(device, dtype, num_tokens):
     weights = make_weights(dtype)
-    x, logits = make_inputs(40, dtype, device)
+    x, logits = make_inputs(num_tokens, dtype, device)
     routed = ops.topk_routing(logits, TOP_K)
     ids, topk_weights = on_cpu(routed)
     halves = []
