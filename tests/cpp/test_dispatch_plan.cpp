@@ -303,6 +303,24 @@ void schedule_follows_the_figures() {
     expect(cheap.schedule == Schedule::kAllToAll && cheap.num_groups == 2, cheap.reason);
     h100.group_us = 400;
     expect(choose_schedule(qwen3, h100).num_groups == 1, "what a group costs the GEMMs counts");
+    // Sums are a third of the rows here, but leave after the last group.
+    h100.group_us = 0;
+    LayerLoad sums = qwen3;
+    sums.returns_sums = true;
+    const ScheduleChoice exact = choose_schedule(qwen3, h100, Schedule::kAllToAll, 1);
+    const ScheduleChoice fast = choose_schedule(sums, h100, Schedule::kAllToAll, 1);
+    const double rows_us = 8192 * 4096 / 244e3;  // one row a token
+    expect_close(exact.predicted_us - fast.predicted_us, rows_us * (4 - (1 - std::pow(0.5, 8))),
+                 1e-6, DType::kFloat32, fast.reason);
+    const ScheduleChoice groups = choose_schedule(sums, h100, Schedule::kAllToAll, 4);
+    const double hidden_us = rows_us * (1 - std::pow(0.5, 8)) * 0.75;
+    expect_close(fast.predicted_us - groups.predicted_us, hidden_us - 6 * 25, 1e-6, DType::kFloat32,
+                 "groups hide what is dispatched, and add six calls: " + groups.reason);
+    expect(exact.reason.find("with combine=\"fast\", whose bits are others, return 137") !=
+               std::string::npos,
+           exact.reason);
+    expect(fast.reason.find("combine=") == std::string::npos, fast.reason);
+    h100.group_us = 400;
     qwen3.max_tokens = 64;
     qwen3.total_tokens = 128;
     expect(choose_schedule(qwen3, h100).schedule == Schedule::kAllGather, "few tokens");

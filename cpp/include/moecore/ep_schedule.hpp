@@ -38,6 +38,8 @@ struct LayerLoad {
     int64_t element_bytes = 0;
     int64_t max_tokens = 0;    ///< of the rank that has most
     int64_t total_tokens = 0;  ///< of all ranks
+    /// CombineMode::kFast: one row a token and rank returns by an all-to-all, after all groups.
+    bool returns_sums = false;
 };
 
 struct ScheduleChoice {

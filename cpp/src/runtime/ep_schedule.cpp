@@ -12,6 +12,7 @@ namespace {
 struct Costs {
     double dispatch, back, compute;
     double plan = 0.0;
+    bool overlaps_back = true;  ///< a group's results leave under the next one's computation
 };
 
 double us_of_bytes(double bytes, double gbps) { return bytes / (gbps * 1e3); }
@@ -36,9 +37,11 @@ Costs all_to_all_costs(const LayerLoad& load, const MachineFigures& figures) {
     const auto row = static_cast<double>(load.hidden_size * load.element_bytes);
     const double visited = 1.0 - std::pow(1.0 - 1.0 / ranks, load.top_k);
     const double remote_routes = load.top_k * (ranks - 1.0) / ranks;
-    return {us_of_bytes(tokens * (ranks - 1.0) * visited * row, figures.link_gbps),
-            us_of_bytes(tokens * remote_routes * row, figures.link_gbps), compute_us(load, figures),
-            static_cast<double>(load.total_tokens * load.top_k) * figures.plan_ns_per_route * 1e-3};
+    const double copies_us = us_of_bytes(tokens * (ranks - 1.0) * visited * row, figures.link_gbps);
+    const double routes_us = us_of_bytes(tokens * remote_routes * row, figures.link_gbps);
+    return {copies_us, load.returns_sums ? copies_us : routes_us, compute_us(load, figures),
+            static_cast<double>(load.total_tokens * load.top_k) * figures.plan_ns_per_route * 1e-3,
+            !load.returns_sums};
 }
 
 Costs all_gather_costs(const LayerLoad& load, const MachineFigures& figures) {
@@ -52,12 +55,12 @@ Costs all_gather_costs(const LayerLoad& load, const MachineFigures& figures) {
 /// The first arrival and the last departure stand alone; between them the longer of computation and
 /// communication counts. Collectives agree on routes, and each group adds two.
 double all_to_all_us(const Costs& costs, const MachineFigures& figures, int num_groups) {
-    const double both_ways = costs.dispatch + costs.back;
-    const double ends = both_ways / num_groups;
+    const double cut = costs.dispatch + (costs.overlaps_back ? costs.back : 0.0);  // into groups
+    const double ends = cut / num_groups + (costs.overlaps_back ? 0.0 : costs.back);
     const double inner_share = 1.0 - 1.0 / num_groups;
     return figures.host_wait_us + costs.plan + figures.group_us * (num_groups - 1) +
            figures.link_latency_us * (figures.plan_collectives + 2.0 * num_groups) + ends +
-           std::max(costs.compute, costs.compute / num_groups + both_ways * inner_share);
+           std::max(costs.compute, costs.compute / num_groups + cut * inner_share);
 }
 
 double all_gather_us(const Costs& costs, const MachineFigures& figures) {
@@ -66,6 +69,13 @@ double all_gather_us(const Costs& costs, const MachineFigures& figures) {
 
 std::string groups_text(int num_groups) {
     return concat(num_groups, num_groups == 1 ? " group" : " groups");
+}
+
+/// combine="fast" returns as many rows as are dispatched.
+std::string what_sums_would_save(const LayerLoad& load, const Costs& costs) {
+    if (load.returns_sums || costs.dispatch >= costs.back) return "";
+    return concat("; with combine=\"fast\", whose bits are others, return ",
+                  rounded(costs.dispatch), " us");
 }
 
 }  // namespace
@@ -103,13 +113,14 @@ ScheduleChoice choose_schedule(const LayerLoad& load, const MachineFigures& figu
             }
     if (schedule != Schedule::kAllToAll)
         consider(Schedule::kAllGather, 1, all_gather_us(all_gather_costs(load, figures), figures));
-    best.reason = concat(best.schedule == Schedule::kAllGather
-                             ? std::string("all-gather")
-                             : concat("all-to-all in ", groups_text(best.num_groups)),
-                         ": predicted ", compared, "; dispatch ", rounded(costs.dispatch),
-                         ", experts ", rounded(costs.compute), ", return ", rounded(costs.back),
-                         " us at ", rounded(figures.link_gbps), " GB/s and ",
-                         rounded(figures.link_latency_us), " us a call");
+    best.reason =
+        concat(best.schedule == Schedule::kAllGather
+                   ? std::string("all-gather")
+                   : concat("all-to-all in ", groups_text(best.num_groups)),
+               ": predicted ", compared, "; dispatch ", rounded(costs.dispatch), ", experts ",
+               rounded(costs.compute), ", return ", rounded(costs.back), " us at ",
+               rounded(figures.link_gbps), " GB/s and ", rounded(figures.link_latency_us),
+               " us a call", what_sums_would_save(load, costs));
     return best;
 }
 

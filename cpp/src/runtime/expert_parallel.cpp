@@ -39,7 +39,8 @@ HostRoutes routes_on_host(Transport& transport, const ExpertParallel::Call& call
     return {reinterpret_cast<int32_t*>(host), reinterpret_cast<float*>(weights)};
 }
 
-LayerLoad load_of(const MoEConfig& config, const std::vector<int64_t>& num_tokens) {
+LayerLoad load_of(const MoEConfig& config, const ExpertParallelConfig& how,
+                  const std::vector<int64_t>& num_tokens) {
     return {.num_ranks = static_cast<int>(num_tokens.size()),
             .hidden_size = config.hidden_size,
             .intermediate_size = config.intermediate_size,
@@ -47,13 +48,13 @@ LayerLoad load_of(const MoEConfig& config, const std::vector<int64_t>& num_token
             .top_k = config.routing.top_k,
             .element_bytes = static_cast<int64_t>(size_of(config.dtype)),
             .max_tokens = *std::max_element(num_tokens.begin(), num_tokens.end()),
-            .total_tokens = std::accumulate(num_tokens.begin(), num_tokens.end(), int64_t{0})};
+            .total_tokens = std::accumulate(num_tokens.begin(), num_tokens.end(), int64_t{0}),
+            .returns_sums = how.combine == CombineMode::kFast};
 }
 
 }  // namespace
 
 ExpertParallel::ExpertParallel(Transport& transport)
-
     : transport_(transport),
       figures_(typical_figures(transport.device().type)),
       state_(std::make_unique<State>(transport)) {}
@@ -79,7 +80,7 @@ void ExpertParallel::forward(const Call& call, Stream stream) {
     if (is_on_host) routes = routes_on_host(transport_, call, state.routes, stream);
     Agreement agreement = agree(transport_, call.config, call.how, state.num_calls, num_tokens,
                                 is_on_host ? &routes : nullptr);
-    const LayerLoad load = load_of(call.config, agreement.num_tokens);
+    const LayerLoad load = load_of(call.config, call.how, agreement.num_tokens);
     const Schedule wanted =
         call.how.combine == CombineMode::kFast ? Schedule::kAllToAll : call.how.schedule;
     choice_ = choose_schedule(load, figures_, wanted, call.how.num_groups);
