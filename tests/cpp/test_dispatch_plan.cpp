@@ -243,7 +243,8 @@ void plan_routes_checks_its_arguments() {
         },
         "row_slots must have k entries a token, got 3 with 2 tokens");
     Array four(DType::kInt32, 4), rows(DType::kInt32, 4), weights(DType::kFloat32, 5),
-        group(DType::kInt64, 2), others[3] = {{DType::kInt32, 4}, {DType::kInt32, 4}, sent_back};
+        copies(DType::kFloat32, 4), group(DType::kInt64, 2),
+        others[3] = {{DType::kInt32, 4}, {DType::kInt32, 4}, sent_back};
     const auto add_weights = [&](TensorView all_weights, TensorView copy_weights) {
         place_rows({four.view({4}), rows.view({4}), received.view({2, 1}), ids.view({4}),
                     sent.view({1, 2}), offsets.view({2}), all_weights},
@@ -259,6 +260,15 @@ void plan_routes_checks_its_arguments() {
                    "all_weights must have an entry a slot, 4, got");
     expect_invalid([&] { add_weights(weights.view({4}), weights.view({5})); }, "copy_weights");
     expect_invalid([&] { add_weights(weights.view({4}), weights.view({4})); }, "ones");
+    const TensorView on_sorted(others[0].data(), DType::kFloat32, {1, 2});
+    expect_invalid(
+        [&] {
+            place_rows({four.view({4}), rows.view({4}), received.view({2, 1}), ids.view({4}),
+                        sent.view({1, 2}), offsets.view({2}), weights.view({4})},
+                       {others[0].view({4}), others[1].view({4}), back.view({1, 2}),
+                        group.view({1, 2}), others[2].view({4}), copies.view({4}), on_sorted});
+        },
+        "ones must not overlap sorted_slots");
 }
 
 void schedule_follows_the_figures() {
