@@ -268,7 +268,7 @@ void plan_routes_checks_its_arguments() {
                        {others[0].view({4}), others[1].view({4}), back.view({1, 2}),
                         group.view({1, 2}), others[2].view({4}), copies.view({4}), on_sorted});
         },
-        "ones must not overlap sorted_slots");
+        "sorted_slots must not overlap ones");
 }
 
 void schedule_follows_the_figures() {

@@ -1,6 +1,7 @@
 #include "moecore/plan_routes.hpp"
 
 #include <limits>
+#include <vector>
 
 #include "moecore/kernels/memory.hpp"
 #include "moecore/kernels/plan_routes.hpp"
@@ -16,9 +17,9 @@ struct Named {
 };
 
 /// `outputs` overlap neither each other nor `inputs`; all are contiguous on one device.
-void check_tensors(const Check& check, std::initializer_list<Named> inputs,
-                   std::initializer_list<Named> outputs) {
-    const Device device = inputs.begin()->view.device;
+void check_tensors(const Check& check, const std::vector<Named>& inputs,
+                   const std::vector<Named>& outputs) {
+    const Device device = inputs[0].view.device;
     for (const auto& list : {inputs, outputs})
         for (const Named& one : list) {
             check.dtype(one.name, one.view, {one.dtype});
@@ -101,40 +102,30 @@ void place_rows(const RowOrders& orders, const PlacedRows& rows, Stream stream) 
     check.shape("sent_tokens", rows.sent_tokens, {own, ranks});
     check.shape("group_offsets", rows.group_offsets, {Check::kAny, width});
     constexpr DType kInt = DType::kInt32, kLong = DType::kInt64;
-    check_tensors(check,
-                  {{"row_slots", orders.row_slots, kInt},
-                   {"slot_rows", orders.slot_rows, kInt},
-                   {"token_copies", orders.token_copies, kInt},
-                   {"back_slots", orders.back_slots, kInt},
-                   {"sent_items", orders.sent_items, kInt},
-                   {"expert_offsets", orders.expert_offsets, kLong}},
-                  {{"sorted_slots", rows.sorted_slots, kInt},
-                   {"back_rows", rows.back_rows, kInt},
-                   {"sent_tokens", rows.sent_tokens, kInt},
-                   {"group_offsets", rows.group_offsets, kLong}});
+    std::vector<Named> inputs = {{"row_slots", orders.row_slots, kInt},
+                                 {"slot_rows", orders.slot_rows, kInt},
+                                 {"token_copies", orders.token_copies, kInt},
+                                 {"back_slots", orders.back_slots, kInt},
+                                 {"sent_items", orders.sent_items, kInt},
+                                 {"expert_offsets", orders.expert_offsets, kLong}};
+    std::vector<Named> outputs = {{"sorted_slots", rows.sorted_slots, kInt},
+                                  {"back_rows", rows.back_rows, kInt},
+                                  {"sent_tokens", rows.sent_tokens, kInt},
+                                  {"group_offsets", rows.group_offsets, kLong}};
     const bool has_weights = orders.all_weights.defined();
     if (has_weights) {
+        constexpr DType kFloat = DType::kFloat32;
         check.that(orders.all_weights.num_elements() == slots,
                    "all_weights must have an entry a slot, ", slots, ", got ", orders.all_weights);
         check.shape("copy_rows", rows.copy_rows, {slots});
         check.shape("copy_weights", rows.copy_weights, {slots});
         check.shape("ones", rows.ones, {own, ranks});
-        check_tensors(check,
-                      {{"row_slots", orders.row_slots, kInt},
-                       {"slot_rows", orders.slot_rows, kInt},
-                       {"token_copies", orders.token_copies, kInt},
-                       {"back_slots", orders.back_slots, kInt},
-                       {"sent_items", orders.sent_items, kInt},
-                       {"expert_offsets", orders.expert_offsets, kLong},
-                       {"sorted_slots", rows.sorted_slots, kInt},
-                       {"back_rows", rows.back_rows, kInt},
-                       {"sent_tokens", rows.sent_tokens, kInt},
-                       {"group_offsets", rows.group_offsets, kLong},
-                       {"all_weights", orders.all_weights, DType::kFloat32}},
-                      {{"copy_rows", rows.copy_rows, kInt},
-                       {"copy_weights", rows.copy_weights, DType::kFloat32},
-                       {"ones", rows.ones, DType::kFloat32}});
+        inputs.push_back({"all_weights", orders.all_weights, kFloat});
+        outputs.push_back({"copy_rows", rows.copy_rows, kInt});
+        outputs.push_back({"copy_weights", rows.copy_weights, kFloat});
+        outputs.push_back({"ones", rows.ones, kFloat});
     }
+    check_tensors(check, inputs, outputs);
     const PlaceRowsArgs args{
         .row_slots = orders.row_slots.as<int32_t>(),
         .slot_rows = orders.slot_rows.as<int32_t>(),

@@ -3,15 +3,7 @@
 #include "cpu/simd/scalar.hpp"
 #include "cpu/simd/transpose_scalar.hpp"
 
-#include "cpu/kernels/attention.hpp"
-#include "cpu/kernels/combine.hpp"
-#include "cpu/kernels/draw_tokens.hpp"
-#include "cpu/kernels/epilogue.hpp"
-#include "cpu/kernels/math.hpp"
-#include "cpu/kernels/pack.hpp"
-#include "cpu/kernels/rms_norm.hpp"
-#include "cpu/kernels/rotary.hpp"
-#include "cpu/kernels/route.hpp"
+#include "cpu/kernels/table.hpp"
 
 namespace moecore::cpu {
 namespace {
@@ -52,22 +44,7 @@ void tile_f32(const GemmTile& tile) {
 }  // namespace
 
 const KernelTable& scalar_kernels() {
-    static const KernelTable table{
-        "scalar",
-        route_tokens,
-        {nullptr, tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>, tile_bf16<5>,
-         tile_bf16<6>},
-        {nullptr, tile_f32<1>, tile_f32<2>, tile_f32<3>, tile_f32<4>, tile_f32<5>, tile_f32<6>},
-        store_tile,
-        pack_lanes_bf16,
-        pack_lanes_f32,
-        combine_tokens,
-        rms_norm_rows,
-        rotate_tokens,
-        softmax_rows,
-        store_attention_row,
-        draw_rows,
-    };
+    static const KernelTable table = table_of("scalar");
     return table;
 }
 
