@@ -207,7 +207,7 @@ void add_gemm_config_tests(std::vector<Test>& tests) {
                      tiles_are_slim_where_that_spreads_the_weights});
     tests.push_back(
         {"gemm_config: more rows never take a smaller tile", more_rows_never_take_a_smaller_tile});
-    tests.push_back({"gemm_config: groups of more than two tiles take pairs",
+    tests.push_back({"gemm_config: groups take pairs where those have few tiles more",
                      groups_take_pairs_where_those_have_few_tiles_more});
     tests.push_back({"gemm_config: row tiles that share weights fit into the cache",
                      row_tiles_that_share_weights_fit_into_the_cache});
