@@ -107,12 +107,12 @@ constexpr GemmConfig choose_config(const GemmProblem& problem) {
     const int max_tokens = static_cast<int>(std::clamp<int64_t>((likely + 31) / 32 * 32, 96, 192));
     // A pair splits the rows of a group in two, or four, or six. That gains up to 4 percent where
     // it makes no more tiles, or one more of many; one more of three costs 7. Two tiles of a short
-    // K lose 1 by it (all on an H200).
+    // K lose 2 by it (all on an H200).
     constexpr int64_t kManyTiles = 16, kLongK = 2560;
     const int64_t tiles = (problem.num_rows / problem.num_groups + max_tokens - 1) / max_tokens;
-    const bool is_even = tiles > 0 && tiles % 2 == 0;
-    const bool is_pair =
-        tiles >= kManyTiles || (is_even && (likely > 2 * max_tokens || problem.k_dim >= kLongK));
+    const bool splits_evenly = tiles % 2 == 0;
+    const bool is_pair = tiles >= kManyTiles ||
+                         (splits_evenly && (likely > 2 * max_tokens || problem.k_dim >= kLongK));
     const GemmKernel kernel = is_pair ? GemmKernel::kPair : GemmKernel::kWide;
     return with_stages(kernel, max_tokens,
                        row_tiles_in_cache(max_tokens, problem.k_dim, kCacheBytes));

@@ -24,7 +24,6 @@ __device__ void produce_boxes(const Params& params, const CUtensorMap& map,
                               const CUtensorMap& rows_map, Stage stage, ClaimQueue& claims) {
     constexpr int kBoxBytes = kBoxRows * kRowBytes;
     const bool is_leader = threadIdx.x % kWarpSize == 0;
-    // Weights that several tiles of rows share should stay for the next.
     const ptx::Keep keep = params.keeps_weights ? ptx::Keep::kNormal : ptx::Keep::kBriefly;
     typename Shape::Walker walker(params.grid);
     ClaimPlace<Shape::kCluster> claim(claims);

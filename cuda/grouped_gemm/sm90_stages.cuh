@@ -48,7 +48,7 @@ struct Params {
     int stage_bytes;  ///< kWeightBytes, then max_tokens rows of input
     int num_k_blocks;
     bool is_output_aligned;  ///< rows of output take 16-byte stores
-    bool keeps_weights;      ///< in L2, because a group may have several row tiles
+    bool keeps_weights;      ///< in L2, as anything else: else they leave it first
     bool copies_rows;        ///< by the copy engine, kBoxRows at a time: they lie side by side
     bool frees_early;        ///< a stage before the next one's products are issued, not after
     bool asks_for_two;       ///< K blocks of weights together, as soon as there is room for both

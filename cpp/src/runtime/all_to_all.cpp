@@ -37,7 +37,9 @@ AllRoutes gather_routes(EpResources& resources, const ExpertParallel::Call& call
                                          {&all_weights, DType::kFloat32, ranks * weights}});
     const auto gather = [&](const char* phase, const TensorView& source, const TensorView& own,
                             const TensorView& everyones) {
-        const auto bytes_of = [](int64_t count) { return static_cast<size_t>(count) * 4; };
+        const auto bytes_of = [&](int64_t count) {
+            return static_cast<size_t>(count) * size_of(source.dtype);
+        };
         const int64_t count = source.num_elements();
         const TensorView padding = slice(own, count, own.shape[0] - count);
         cuda::fill(padding.data, 0xff, bytes_of(padding.shape[0]), stream);
