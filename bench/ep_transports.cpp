@@ -65,4 +65,17 @@ void EchoTransport::all_gather(const char* phase, const void* mine, void* all, s
     std::memcpy(all, answer.data(), answer.size());
 }
 
+Loans EchoTransport::lend(const char* phase, std::span<const LentMemory> mine,
+                          std::span<const int64_t> notes, Stream stream) {
+    if (!is_recording_) return loans_[next_loan_++ % loans_.size()];
+    const Loans real = inner_.lend(phase, mine, notes, stream);
+    Loans& echo = loans_.emplace_back(real);
+    for (size_t i = 0; i < echo.memory.size(); ++i) {
+        if (i / mine.size() == static_cast<size_t>(rank())) continue;
+        sinks_.emplace_back(device(), echo.memory[i].bytes);
+        echo.memory[i].data = sinks_.back().data();
+    }
+    return real;
+}
+
 }  // namespace moecore::bench

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "moecore/buffer.hpp"
 #include "moecore/transport.hpp"
 
 namespace moecore::bench {
@@ -17,15 +18,19 @@ std::unique_ptr<Transport> make_paced_transport(std::unique_ptr<Transport> inner
                                                 double us);
 
 /// The same plan without communication: records what all_gather gives while `is_recording`, then
-/// gives it again, and moves no row (those of the recorded call are still in place).
+/// gives it again, and moves no row (those of the recorded call are still in place). What is
+/// written to other ranks' memory goes to memory of this one.
 class EchoTransport : public Transport {
 public:
     explicit EchoTransport(Transport& inner) : inner_(inner) {}
 
     void set_recording(bool is_recording) {
         is_recording_ = is_recording;
-        if (is_recording) recorded_.clear();
-        next_ = 0;
+        if (is_recording) {
+            recorded_.clear();
+            loans_.clear();
+        }
+        next_ = next_loan_ = 0;
     }
 
     int rank() const override { return inner_.rank(); }
@@ -43,6 +48,12 @@ public:
         if (is_recording_ || std::string_view(phase) == "exchange routes")
             inner_.all_gather_rows(phase, mine, all, bytes, stream);
     }
+    bool can_lend() const override { return inner_.can_lend(); }
+    Loans lend(const char* phase, std::span<const LentMemory> mine, std::span<const int64_t> notes,
+               Stream stream) override;
+    void finish_writes(const char* phase, Stream stream) override {
+        if (is_recording_) inner_.finish_writes(phase, stream);
+    }
     void synchronize(const char* phase, Stream stream) override {
         inner_.synchronize(phase, stream);
     }
@@ -53,7 +64,9 @@ private:
     Transport& inner_;
     bool is_recording_ = true;
     std::vector<std::vector<char>> recorded_;
-    size_t next_ = 0;
+    std::vector<Loans> loans_;
+    std::deque<Buffer> sinks_;  ///< instead of what other ranks have lent
+    size_t next_ = 0, next_loan_ = 0;
 };
 
 }  // namespace moecore::bench

@@ -1,6 +1,7 @@
-// Rows of a matrix by their index: what is sent to another rank, side by side.
+// Rows of a matrix by their index: what is sent to another rank, side by side or to where that rank
+// wants it.
 //
-//   reads   M * K * sizeof(element) bytes of input, M indices
+//   reads   M * K * sizeof(element) bytes of input, M indices, M addresses if there are any
 //   writes  M * K * sizeof(element) bytes of output
 //
 // One block copies 4 KiB of one row, a thread 16 bytes at a time (one element where alignment
@@ -23,11 +24,13 @@ __global__ void __launch_bounds__(kThreads)
     wait_for_predecessors();
     allow_dependents();
     const int64_t i = blockIdx.x;
-    const int index = args.index[i];
+    const int64_t index = args.index != nullptr ? args.index[i] : i;
     const int64_t row = index / args.slots_per_row;
     if (index < 0 || row >= args.num_inputs) return;
     const char* source = static_cast<const char*>(args.input) + row * args.input_stride;
-    char* target = static_cast<char*>(args.output) + i * args.output_stride;
+    char* target = args.addresses != nullptr
+                       ? reinterpret_cast<char*>(args.addresses[i])
+                       : static_cast<char*>(args.output) + i * args.output_stride;
     const int64_t begin = int64_t{blockIdx.y} * kBytesPerBlock;
     const int64_t end = min(begin + kBytesPerBlock, args.row_bytes);
 #pragma unroll 2

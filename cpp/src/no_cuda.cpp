@@ -3,6 +3,7 @@
 #include <string>
 
 #include "moecore/error.hpp"
+#include "moecore/kernels/address_rows.hpp"
 #include "moecore/kernels/combine.hpp"
 #include "moecore/kernels/device_queue.hpp"
 #include "moecore/kernels/draw_tokens.hpp"
@@ -38,6 +39,7 @@ void topk_routing(const TopkRoutingArgs&, Stream) { throw_no_cuda("topk_routing"
 void sort_by_expert(std::span<const SortByExpertArgs>, Stream) { throw_no_cuda("sort_by_expert"); }
 void route_and_sort(const RouteAndSortArgs&, Stream) { throw_no_cuda("route_and_sort"); }
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }
+void address_rows(const std::array<AddressRowsArgs, 2>&, Stream) { throw_no_cuda("address_rows"); }
 void combine(const CombineArgs&, Stream) { throw_no_cuda("combine"); }
 void draw_tokens(const DrawTokensArgs&, Stream) { throw_no_cuda("draw_tokens"); }
 void embedding(const EmbeddingArgs&, Stream) { throw_no_cuda("embedding"); }

@@ -17,4 +17,15 @@ namespace moecore {
 void gather_rows(const TensorView& input, const TensorView& index, const TensorView& output,
                  Stream stream = {}, int slots_per_row = 1);
 
+/// Copies input[index[i]] to addresses[i], bit for bit: to memory of other ranks, or anywhere else
+/// that the device reaches. Rows whose index is -1 go nowhere.
+///
+/// input      [N, K] float32 or bfloat16, rows contiguous
+/// index      [M] int32, as above; or absent: row i
+/// addresses  [M] int64, contiguous, M <= N without index: where K elements have room, a multiple of
+///            16 if K elements take one
+/// Throws InvalidArgument if a shape, dtype, stride or device is not as above.
+void scatter_rows(const TensorView& input, const TensorView& index, const TensorView& addresses,
+                  Stream stream = {});
+
 }  // namespace moecore

@@ -43,6 +43,18 @@ struct RowsToReceive {
     std::span<const int64_t> counts;
 };
 
+/// Memory that a rank lends the others, whose kernels write to it.
+struct LentMemory {
+    void* data = nullptr;
+    size_t bytes = 0;  ///< 0: none
+};
+
+/// What every rank lends, and says of it: those of rank 0 first.
+struct Loans {
+    std::vector<LentMemory> memory;
+    std::vector<int64_t> notes;
+};
+
 /// What a group of ranks exchanges bytes with. Every rank makes the same calls in the same order;
 /// one thread at a time may be inside. A wait ends by the deadline: whoever hears nothing from a
 /// rank for that long throws TransportError, and so does everybody else. `phase` names the call in
@@ -71,6 +83,19 @@ public:
     /// `stream`.
     virtual void all_gather_rows(const char* phase, const void* mine, void* all, size_t bytes,
                                  Stream stream);
+
+    /// Whether kernels of a rank can write to the others' memory: whether lend() works.
+    virtual bool can_lend() const { return false; }
+
+    /// Lends `mine`, memory of device(), and gets what the others lend: what is put on `stream`
+    /// from now on may write there, until this rank's second finish_writes(). Every rank gives as
+    /// many of each. Throws UnsupportedError where can_lend() is false.
+    virtual Loans lend(const char* phase, std::span<const LentMemory> mine,
+                       std::span<const int64_t> notes, Stream stream);
+
+    /// Lets what is put on `stream` from now on see what every rank has written to lent memory
+    /// before its own call of this.
+    virtual void finish_writes(const char* phase, Stream stream);
 
     /// Waits for `stream` until the deadline. Does nothing on the CPU.
     virtual void synchronize(const char* /*phase*/, Stream /*stream*/) {}

@@ -8,6 +8,7 @@
 #include "moecore/error.hpp"
 #include "moecore/gather_rows.hpp"
 #include "moecore/kernels/memory.hpp"
+#include "runtime/lent_rows.hpp"
 #include "runtime/take_all.hpp"
 
 namespace moecore {
@@ -63,6 +64,7 @@ public:
           call_(call),
           is_on_host_(transport_.device().type == DeviceType::kCpu),
           is_fast_(call.how.combine == CombineMode::kFast),
+          is_direct_(can_lend_rows(transport_, num_groups)),
           places_(agreement.ranges, num_groups),
           plan_(num_groups, transport_.size()),
           row_bytes_(static_cast<size_t>(call.config.hidden_size) * size_of(call.config.dtype)),
@@ -76,6 +78,8 @@ public:
 
     int num_groups() const { return places_.num_groups(); }
     bool is_fast() const { return is_fast_; }
+    /// Kernels write rows to other ranks' memory: dispatch_directly(), then finish_results().
+    bool is_direct() const { return is_direct_; }
 
     /// Puts the tokens' copies side by side, in the order in which they are sent. What packs runs
     /// on the stream of the GEMMs: these leave no multiprocessor to another one while they run.
@@ -96,8 +100,30 @@ public:
         });
     }
 
+    /// Writes the copies of tokens, of every group, to where their experts are, and lets results be
+    /// written to where their tokens are.
+    void dispatch_directly(Stream stream) {
+        timeline_.span("dispatch", kWhole, Lane::kCommunication, stream, [&] {
+            lend_rows(transport_,
+                      {CrossingRows{plan_.sent, plan_.received, copies_, {}, copy_addresses_},
+                       CrossingRows{is_fast_ ? plan_.received : plan_.sent_back,
+                                    is_fast_ ? plan_.sent : plan_.received_back, back_,
+                                    is_fast_ ? TensorView() : tensors_.back_rows,
+                                    result_addresses_}},
+                      stream);
+            scatter_rows(call_.hidden_states, tensors_.sent_tokens, copy_addresses_, stream);
+            transport_.finish_writes("dispatch", stream);
+        });
+    }
+
+    /// Waits for the results that every rank has written.
+    void finish_results(Stream stream) {
+        timeline_.span("return", kWhole, Lane::kCommunication, stream,
+                       [&] { transport_.finish_writes("return", stream); });
+    }
+
     /// Both GEMMs of the experts of `group`: those of other groups have no rows in its offsets.
-    /// Then packs its results.
+    /// Then packs its results, or writes them to where they belong.
     void run_experts(int group, Stream stream) {
         timeline_.span("experts", group, Lane::kCompute, stream, [&] {
             const TensorView& offsets = tensors_.group_offsets[static_cast<size_t>(group)];
@@ -107,7 +133,9 @@ public:
                          inner_, stream, counters_);
             grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_, stream,
                          counters_, Settled::kWeights);
-            if (!is_fast())
+            if (is_direct_ && !is_fast_)
+                scatter_rows(rows_, {}, result_addresses_, stream);
+            else if (!is_fast_)
                 pack(rows_, tensors_.back_rows, plan_.sent_back.before(group),
                      sum(plan_.sent_back.of_group(group)), packed_back_, stream);
         });
@@ -129,6 +157,7 @@ public:
         timeline_.span("add locally", kWhole, Lane::kCompute, stream, [&] {
             combine(rows_, tensors_.copy_slot_to_row, tensors_.copy_weights, {}, {}, partial_,
                     stream);
+            if (is_direct_) scatter_rows(partial_, {}, result_addresses_, stream);
         });
     }
 
@@ -184,8 +213,12 @@ private:
                   {&back_, dtype, is_fast() ? num_sent : plan_.received_back.total(), width},
                   {&partial_, dtype, is_fast() ? num_copies : 0, width},
                   // A transport of host memory gathers rows by itself.
-                  {&packed_, dtype, is_on_host_ ? 0 : num_sent, width},
-                  {&packed_back_, dtype, is_on_host_ || is_fast() ? 0 : num_rows, width}});
+                  {&packed_, dtype, is_on_host_ || is_direct_ ? 0 : num_sent, width},
+                  {&packed_back_, dtype, is_on_host_ || is_fast() || is_direct_ ? 0 : num_rows,
+                   width},
+                  {&copy_addresses_, DType::kInt64, is_direct_ ? num_sent : 0},
+                  {&result_addresses_, DType::kInt64,
+                   is_direct_ ? (is_fast() ? num_copies : num_rows) : 0}});
     }
 
     static int64_t sum(std::span<const int64_t> counts) {
@@ -226,7 +259,7 @@ private:
     Transport& transport_;
     Timeline& timeline_;
     const ExpertParallel::Call& call_;
-    bool is_on_host_, is_fast_;
+    bool is_on_host_, is_fast_, is_direct_;
     ExpertPlaces places_;
     DispatchPlan plan_;
     std::optional<FastReturn> fast_;
@@ -237,23 +270,48 @@ private:
     TensorView inner_, rows_;          ///< [R, I] and [R, H] of this rank's experts
     TensorView back_;                  ///< [results received, H]
     TensorView partial_;               ///< [copies received, H]; kFast
-    TensorView packed_, packed_back_;  ///< rows side by side; on CUDA
+    TensorView packed_, packed_back_;  ///< rows side by side; on CUDA, unless is_direct_
+    TensorView copy_addresses_, result_addresses_;  ///< of rows in other ranks' memory; is_direct_
 };
+
+/// The shared expert's results.
+struct Shared {
+    TensorView rows, scale;
+};
+
+Shared run_shared(const ExpertParallel::Call& call, Timeline& timeline, Stream stream) {
+    Shared shared;
+    if (call.config.shared_intermediate_size > 0)
+        timeline.span("shared expert", kWhole, Lane::kCompute, stream,
+                      [&] { shared.rows = call.run_shared(shared.scale); });
+    return shared;
+}
+
+/// Where ranks write to each other's memory: results cross as they are made, and groups would have
+/// nothing to hide. The shared expert runs under the dispatch.
+Shared run_direct(Exchange& exchange, const ExpertParallel::Call& call, Timeline& timeline,
+                  CommLane& lane, Stream stream) {
+    const int64_t arrived =
+        lane.submit([&exchange](Stream s) { exchange.dispatch_directly(s); }, stream);
+    const Shared shared = run_shared(call, timeline, stream);
+    lane.wait(arrived, stream);
+    for (int group = 0; group < exchange.num_groups(); ++group) exchange.run_experts(group, stream);
+    if (exchange.is_fast()) exchange.add_locally(stream);
+    exchange.finish_results(stream);
+    return shared;
+}
 
 /// The pipeline: while a group is in its GEMMs the next one arrives and the last one leaves. The
 /// shared expert runs under the first dispatch.
-void run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, Timeline& timeline,
-                  CommLane& lane, Stream stream) {
+Shared run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, Timeline& timeline,
+                    CommLane& lane, Stream stream) {
     const int num_groups = exchange.num_groups();
     const auto dispatch = [&](int group) {
         return lane.submit([&exchange, group](Stream s) { exchange.dispatch(group, s); }, stream);
     };
     exchange.pack_tokens(stream);
     int64_t arriving = dispatch(0);
-    TensorView shared_scale, shared;
-    if (call.config.shared_intermediate_size > 0)
-        timeline.span("shared expert", kWhole, Lane::kCompute, stream,
-                      [&] { shared = call.run_shared(shared_scale); });
+    const Shared shared = run_shared(call, timeline, stream);
     int64_t leaving = 0;
     for (int group = 0; group < num_groups; ++group) {
         const int64_t arrived = arriving;
@@ -271,7 +329,7 @@ void run_pipeline(Exchange& exchange, const ExpertParallel::Call& call, Timeline
                 [&exchange, group](Stream s) { exchange.send_back_partial(group, s); }, stream);
     }
     lane.wait(leaving, stream);
-    exchange.combine_results(shared, shared_scale, stream);
+    return shared;
 }
 
 }  // namespace
@@ -287,12 +345,15 @@ void run_all_to_all(EpResources& resources, const ExpertParallel::Call& call,
     resources.timeline.span("plan", kWhole, Lane::kCompute, stream, [&] {
         exchange.emplace(resources, call, agreement, num_groups, stream);
     });
-    const bool overlaps = num_groups > 1 || call.config.shared_intermediate_size > 0;
+    const bool overlaps = (num_groups > 1 && !exchange->is_direct()) ||
+                          call.config.shared_intermediate_size > 0;
     if (overlaps && resources.side_lane == nullptr)
         resources.side_lane = make_side_lane(resources.transport.device());
     CommLane& lane = overlaps ? *resources.side_lane : *resources.inline_lane;
     try {
-        run_pipeline(*exchange, call, resources.timeline, lane, stream);
+        const auto run = exchange->is_direct() ? run_direct : run_pipeline;
+        const Shared shared = run(*exchange, call, resources.timeline, lane, stream);
+        exchange->combine_results(shared.rows, shared.scale, stream);
     } catch (const std::exception& error) {
         // The lane may still be inside a call that reads `exchange`: end that first.
         resources.transport.abort_because(error);

@@ -6,6 +6,7 @@
 #include "transport/peer.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
 #include <optional>
@@ -26,26 +27,28 @@ struct Card {
     char bus_id[16];
 };
 
+/// What ranks wait for on each other's GPUs: what a rank lends is there, and it is done with what
+/// the others lend. The last comes in two turns, so that nobody records an event again that
+/// somebody has still to wait for.
+enum EventName : uint8_t { kReady, kDoneOdd, kDoneEven, kNumEvents };
+
 /// A rank's events: for threads of its process, and for other processes.
 struct SharedEvents {
-    void* ready;
-    void* done;
-    cuda::IpcHandle shared_ready, shared_done;
+    std::array<void*, kNumEvents> here;
+    std::array<cuda::IpcHandle, kNumEvents> elsewhere;
 };
 
-/// What a rank lends the others for one exchange; the counts of what it sends follow.
+/// Memory that a rank lends the others, as they can find it.
 struct Lent {
-    const void* data;
-    cuda::ExportedMemory place;
-    size_t bytes;  ///< 0: nothing, and no place
+    LentMemory memory;
+    cuda::ExportedMemory place;  ///< for other processes; of none if there are no bytes
 };
 
 bool is_same(const ProcessId& a, const ProcessId& b) {
     return a.id == b.id && a.start_time == b.start_time && a.id_namespace == b.id_namespace;
 }
 
-/// Events order the copies among streams, and the hosts meet twice, so that nobody records an event
-/// that somebody has still to wait for.
+/// Events order copies and writes among streams; before somebody waits for one, the hosts have met.
 class PeerTransport : public Transport {
 public:
     PeerTransport(PeerOptions options, const char* kind)
@@ -66,23 +69,19 @@ public:
         all_are_here_ = std::find(is_here_.begin(), is_here_.end(), false) == is_here_.end();
 
         const auto use = all_are_here_ ? cuda::Event::Use::kOrder : cuda::Event::Use::kShare;
-        ready_.emplace(device_.index, use);
-        done_.emplace(device_.index, use);
         lanes_.emplace(device_.index);
-        SharedEvents events{.ready = ready_->handle(),
-                            .done = done_->handle(),
-                            .shared_ready = {},
-                            .shared_done = {}};
-        if (!all_are_here_) {
-            events.shared_ready = cuda::export_event(*ready_);
-            events.shared_done = cuda::export_event(*done_);
+        SharedEvents mine_of{};
+        for (size_t i = 0; i < kNumEvents; ++i) {
+            events_.emplace_back(device_.index, use);
+            mine_of.here[i] = events_[i].handle();
+            if (!all_are_here_) mine_of.elsewhere[i] = cuda::export_event(events_[i]);
         }
         std::vector<SharedEvents> everyones(cards.size());
-        all_gather("connect", &events, everyones.data(), sizeof events);
+        all_gather("connect", &mine_of, everyones.data(), sizeof mine_of);
         for (size_t r = 0; r < cards.size(); ++r) {
-            const SharedEvents& of = everyones[r];
-            ready_of_.push_back(is_here_[r] ? of.ready : opened(of.shared_ready));
-            done_of_.push_back(is_here_[r] ? of.done : opened(of.shared_done));
+            auto& events = events_of_.emplace_back(everyones[r].here);
+            if (!is_here_[r])
+                for (size_t i = 0; i < kNumEvents; ++i) events[i] = opened(everyones[r].elsewhere[i]);
         }
     }
 
@@ -119,11 +118,56 @@ public:
 
     void all_gather_rows(const char* phase, const void* mine, void* all, size_t bytes,
                          Stream stream) override {
-        const std::vector<int64_t> counts(static_cast<size_t>(size()));
-        pull(phase, mine, bytes, counts, stream,
+        pull(phase, mine, bytes, {}, stream,
              [&](size_t source, const char* theirs, const int64_t*) {
                  add_copy(static_cast<char*>(all) + source * bytes, theirs, bytes);
              });
+    }
+
+    bool can_lend() const override { return true; }
+
+    Loans lend(const char* phase, std::span<const LentMemory> mine, std::span<const int64_t> notes,
+               Stream stream) override {
+        if (events_of_.empty()) meet();
+        const cuda::DeviceScope scope(device_.index);
+        const size_t memory_bytes = mine.size() * sizeof(Lent), note_bytes = notes.size_bytes();
+        const size_t entry = memory_bytes + note_bytes;
+        mine_.resize(entry);
+        all_.resize(entry * events_of_.size());
+        for (size_t i = 0; i < mine.size(); ++i) {
+            Lent lent{.memory = mine[i], .place = {}};
+            if (mine[i].bytes > 0 && !all_are_here_) lent.place = cuda::export_memory(mine[i].data);
+            std::memcpy(mine_.data() + i * sizeof lent, &lent, sizeof lent);
+        }
+        if (!notes.empty()) std::memcpy(mine_.data() + memory_bytes, notes.data(), note_bytes);
+
+        events_[kReady].record(stream);
+        all_gather(phase, mine_.data(), all_.data(), entry);
+        wait_for_others(kReady, stream);
+        Loans loans;
+        loans.notes.resize(notes.size() * events_of_.size());
+        for (size_t r = 0; r < events_of_.size(); ++r) {
+            const char* one = all_.data() + r * entry;
+            for (size_t i = 0; i < mine.size(); ++i) {
+                Lent lent;
+                std::memcpy(&lent, one + i * sizeof lent, sizeof lent);
+                if (lent.memory.bytes > 0 && !is_here_[r])
+                    lent.memory.data = memory_[r].find(lent.place, cuda::wait_for_device);
+                loans.memory.push_back(lent.memory);
+            }
+            if (!notes.empty())
+                std::memcpy(loans.notes.data() + r * notes.size(), one + memory_bytes, note_bytes);
+        }
+        return loans;
+    }
+
+    void finish_writes(const char* phase, Stream stream) override {
+        const cuda::DeviceScope scope(device_.index);
+        is_even_ = !is_even_;
+        const EventName done = is_even_ ? kDoneEven : kDoneOdd;
+        events_[done].record(stream);
+        hosts_->barrier(phase);
+        wait_for_others(done, stream);
     }
 
     void synchronize(const char* phase, Stream stream) override {
@@ -162,61 +206,44 @@ private:
         if (bytes > 0) copies_.push_back({target, source, bytes});
     }
 
+    void wait_for_others(EventName event, Stream stream) {
+        for (size_t r = 0; r < events_of_.size(); ++r)
+            if (r != static_cast<size_t>(rank())) cuda::wait_for(stream, events_of_[r][event]);
+    }
+
     /// Lends `bytes` of `data`, and makes what find_copies(source, its data, its counts) adds for
     /// every rank.
     template <typename FindCopies>
     void pull(const char* phase, const void* data, size_t bytes, std::span<const int64_t> counts,
               Stream stream, FindCopies&& find_copies) {
-        if (ready_of_.empty()) meet();
+        const LentMemory mine{const_cast<void*>(data), bytes};
+        const Loans loans = lend(phase, {&mine, 1}, counts, stream);
         const cuda::DeviceScope scope(device_.index);
-        const auto ranks = static_cast<size_t>(size());
-        const auto me = static_cast<size_t>(rank());
-        const size_t count_bytes = ranks * sizeof(int64_t);
-        const size_t entry = sizeof(Lent) + count_bytes;
-        mine_.resize(entry);
-        all_.resize(entry * ranks);
-        Lent lent{.data = data, .place = {}, .bytes = bytes};
-        if (bytes > 0 && !all_are_here_) lent.place = cuda::export_memory(data);
-        std::memcpy(mine_.data(), &lent, sizeof lent);
-        std::memcpy(mine_.data() + sizeof lent, counts.data(), count_bytes);
-
-        ready_->record(stream);
-        all_gather(phase, mine_.data(), all_.data(), entry);
         copies_.clear();
         // Every rank begins with its right neighbour, so that no GPU has to serve all at once.
+        const size_t ranks = loans.memory.size(), me = static_cast<size_t>(rank());
         for (size_t i = 1; i <= ranks; ++i) {
             const size_t source = (me + i) % ranks;
-            const char* one = all_.data() + source * entry;
-            std::memcpy(&lent, one, sizeof lent);
-            counts_.resize(ranks);
-            std::memcpy(counts_.data(), one + sizeof lent, count_bytes);
-            if (source != me) cuda::wait_for(stream, ready_of_[source]);
-            const auto* theirs = static_cast<const char*>(lent.data);
-            if (lent.bytes > 0 && !is_here_[source])
-                theirs = memory_[source].find(lent.place, cuda::wait_for_device);
-            find_copies(source, theirs, counts_.data());
+            find_copies(source, static_cast<const char*>(loans.memory[source].data),
+                        loans.notes.data() + source * counts.size());
         }
         lanes_->run(copies_, stream);
-        done_->record(stream);
-        hosts_->barrier(phase);
-        // What was lent may change only when all have copied it.
-        for (size_t source = 0; source < ranks; ++source)
-            if (source != me) cuda::wait_for(stream, done_of_[source]);
+        finish_writes(phase, stream);  // what was lent may change only when all have copied it
     }
 
     std::unique_ptr<Transport> hosts_;
     const char* kind_;
     Device device_;
-    std::optional<cuda::Event> ready_, done_;
+    std::deque<cuda::Event> events_;
     std::vector<bool> is_here_;  ///< by rank: a thread of this process
     bool all_are_here_ = false;
-    std::vector<void*> ready_of_, done_of_;
+    std::vector<std::array<void*, kNumEvents>> events_of_;  ///< by rank
+    bool is_even_ = false;
     std::deque<cuda::Event> opened_;
     std::optional<CopyLanes> lanes_;
     std::vector<CopyLanes::Copy> copies_;
     std::vector<PeerMemoryCache<>> memory_;  ///< of each rank in another process
     std::vector<char> mine_, all_;
-    std::vector<int64_t> counts_;
 };
 
 }  // namespace

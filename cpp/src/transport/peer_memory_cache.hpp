@@ -15,7 +15,7 @@ class PeerMemoryCache {
 public:
     /// Memory at `place` in that process. `wait` returns when no copy reads memory opened before.
     template <typename Wait>
-    const char* find(const cuda::ExportedMemory& place, Wait&& wait) {
+    char* find(const cuda::ExportedMemory& place, Wait&& wait) {
         auto open = std::find_if(open_.begin(), open_.end(), [&](const Open& one) {
             return one.place.allocation == place.allocation;
         });
@@ -28,9 +28,11 @@ public:
             std::erase_if(open_, is_in_the_way);
             if (open_.size() == kMost) open_.pop_front();
             open_.push_back({place, std::make_unique<Memory>(place.allocation)});
-            open = std::prev(open_.end());
+        } else {
+            // The latest stay, so that several pieces of memory can be in use at a time.
+            std::rotate(open, std::next(open), open_.end());
         }
-        return open->memory->data() + place.offset;
+        return open_.back().memory->data() + place.offset;
     }
 
 private:

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <array>
+
+#include "moecore/dispatcher.hpp"
+
+namespace moecore {
+
+/// Rows that cross to other ranks, by (group, rank), written by the kernels that make or read them.
+struct CrossingRows {
+    const RowCounts& sent;      ///< of this rank's rows
+    const RowCounts& received;  ///< of those that arrive at it
+    TensorView memory;          ///< [received.total(), K], lent: where they arrive
+    TensorView index;      ///< [N] int32: the i-th row that crosses is row index[i]; absent: row i
+    TensorView addresses;  ///< [N] int64, out: where each row goes
+};
+
+/// Whether rows that cross by themselves can go so: kernels of every rank write to the memory of
+/// every other.
+bool can_lend_rows(const Transport& transport, int num_groups);
+
+/// Lends the memory of both to every rank, and finds out where this rank's rows go. What is put on
+/// `stream` from then on may write there, until the second finish_writes(). Collective. Throws
+/// TransportError if a rank does not expect what this one sends.
+void lend_rows(Transport& transport, const std::array<CrossingRows, 2>& rows, Stream stream);
+
+}  // namespace moecore
