@@ -53,6 +53,14 @@ struct Epilogue<Activation::kGeluTanh> {
     }
 };
 
+/// Where row `row` of the output begins.
+template <bool kIsGated, typename T>
+__device__ T* output_row(const GroupedGemmArgs& args, int64_t row) {
+    if (!kIsGated && args.row_addresses != nullptr)
+        return reinterpret_cast<T*>(args.row_addresses[row]);
+    return static_cast<T*>(args.output) + row * args.output_stride;
+}
+
 /// The bias of output column `column`, of its gate (half 0) or up (half 1) where kIsGated; 0 where
 /// there is none, or no such column.
 template <bool kIsGated>

@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "common/launch.cuh"
+#include "grouped_gemm/epilogue.cuh"
 #include "common/math.cuh"
 #include "grouped_gemm/simple.hpp"
 
@@ -75,11 +76,10 @@ __device__ float load_bias(const GroupedGemmArgs& args, int group, int64_t row) 
 }
 
 __device__ void store_output(const GroupedGemmArgs& args, int64_t row, int64_t column, float x) {
-    const int64_t offset = row * args.output_stride + column;
     if (args.output_dtype == DType::kBFloat16)
-        static_cast<__nv_bfloat16*>(args.output)[offset] = from_float<__nv_bfloat16>(x);
+        output_row<false, __nv_bfloat16>(args, row)[column] = from_float<__nv_bfloat16>(x);
     else
-        static_cast<float*>(args.output)[offset] = x;
+        output_row<false, float>(args, row)[column] = x;
 }
 
 template <typename Element>

@@ -47,7 +47,8 @@ void launch(const GroupedGemmArgs& args, const Config& config, const Device& dev
     params.num_k_blocks =
         static_cast<int>(ceil_div(args.k_dim, kMostKSteps)) * (kMostKSteps / Shape::BLOCK_K);
     params.weight_step = 2 * args.n_stride * (is_halved ? kRowsPerPass / 2 : kRowsPerPass);
-    params.is_output_aligned = is_multiple_of_16(args.output) && args.output_stride % 8 == 0;
+    params.is_output_aligned = args.row_addresses != nullptr ||
+                               (is_multiple_of_16(args.output) && args.output_stride % 8 == 0);
     params.grid.expert_offsets = args.expert_offsets;
     params.grid.num_groups = args.num_groups;
     params.grid.num_rows = static_cast<int>(args.num_rows);

@@ -74,9 +74,11 @@ __device__ void store_bfloat16(const Params& params, const Tile& tile,
         for (int piece = 0; piece < kNumPieces; ++piece)
             word[piece] = transpose(pack_bfloat16(value(piece, eight, 0), value(piece, eight, 1)));
         // A lane now has two neighbouring columns of one row.
-        __nv_bfloat16* target = static_cast<__nv_bfloat16*>(args.output) +
-                                (tile.first_row + row) * args.output_stride + place.first_column;
         const int columns_left = row < tile.num_rows ? num_columns - place.first_column : 0;
+        __nv_bfloat16* target =
+            output_row<kIsGated, __nv_bfloat16>(
+                args, tile.first_row + (row < tile.num_rows ? row : place.row(eight))) +
+            place.first_column;
         if (kNumPieces % 4 == 0 && params.is_output_aligned) {
 #pragma unroll
             for (int first = 0; first + 4 <= kNumPieces; first += 4) {
@@ -113,8 +115,7 @@ __device__ void store_float32(const GroupedGemmArgs& args, const Tile& tile,
         for (int i = 0; i < 2; ++i) {
             const int row = place.row(eight) + place.lane % 4 * 2 + i;
             if (row >= tile.num_rows) continue;
-            float* target =
-                static_cast<float*>(args.output) + (tile.first_row + row) * args.output_stride;
+            float* target = output_row<kIsGated, float>(args, tile.first_row + row);
 #pragma unroll
             for (int piece = 0; piece < Place<kIsGated, Shape>::kNumPieces; ++piece) {
                 const int column = place.first_column + piece * 8 + place.lane / 4;

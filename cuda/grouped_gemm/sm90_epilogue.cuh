@@ -103,8 +103,8 @@ __device__ void store_bfloat16(const Params& params, const Tile& tile,
             const int row = i * (kGroupThreads / kPieces) + thread / kPieces;
             const int tile_row = round * kRound + row;
             if (tile_row >= tile.num_rows || column >= num_columns) continue;
-            __nv_bfloat16* target = static_cast<__nv_bfloat16*>(args.output) +
-                                    (tile.first_row + tile_row) * args.output_stride + column;
+            __nv_bfloat16* target =
+                output_row<kIsGated, __nv_bfloat16>(args, tile.first_row + tile_row) + column;
             *reinterpret_cast<uint4*>(target) =
                 ptx::load_shared(piece_address(round % 2, row, thread % kPieces));
         }
@@ -123,7 +123,7 @@ __device__ void store_elements(const GroupedGemmArgs& args, const Tile& tile,
         for (int i = 0; i < 2; ++i) {
             const int row = eight * 8 + place.lane % 4 * 2 + i;
             if (row >= tile.num_rows) continue;
-            T* target = static_cast<T*>(args.output) + (tile.first_row + row) * args.output_stride;
+            T* target = output_row<kIsGated, T>(args, tile.first_row + row);
 #pragma unroll
             for (int block = 0; block < Shape::kBlocks; ++block) {
 #pragma unroll

@@ -80,6 +80,17 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const GroupedGemmConfig& config, const TensorView& output, Stream stream = {},
                   const TensorView& work_counters = {}, Settled settled = Settled::kNothing);
 
+/// The same without slots and activation on CUDA, but row r of the output, N elements of `dtype`,
+/// goes to row_addresses[r]: to memory of other ranks, or anywhere else that the device reaches.
+///
+/// row_addresses  [R] int64, contiguous, multiples of 16; those of rows outside every group unread
+/// Throws UnsupportedError on the CPU, else as above.
+void grouped_gemm_to_rows(const TensorView& input, const GroupedGemmWeights& weights,
+                          const TensorView& bias, const TensorView& expert_offsets, DType dtype,
+                          const TensorView& row_addresses, Stream stream = {},
+                          const TensorView& work_counters = {},
+                          Settled settled = Settled::kNothing);
+
 /// output = input @ weight.T + bias: grouped_gemm with one group over every row of `input`. Use it
 /// where a row's bits must not depend on the batch.
 /// input [T, K], weight [N, K] (or packed with one group), bias [N] or absent, output [T, N].

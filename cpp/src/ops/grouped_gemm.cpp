@@ -150,6 +150,28 @@ GroupedGemmArgs build_args(const Check& check, const TensorView& input, const ch
     return args;
 }
 
+void check_offsets(const Check& check, const TensorView& expert_offsets, const WeightSizes& sizes,
+                   const TensorView& output) {
+    check.dtype("expert_offsets", expert_offsets, {DType::kInt64});
+    check.shape("expert_offsets", expert_offsets, {sizes.num_groups + 1});
+    check.contiguous("expert_offsets", expert_offsets);
+    check.device("expert_offsets", expert_offsets, output.device);
+    check.no_overlap("output", output, "expert_offsets", expert_offsets);
+}
+
+void check_counters(const Check& check, const TensorView& work_counters, const TensorView& output,
+                    GroupedGemmArgs& args) {
+    if (!work_counters.defined()) return;
+    check.dtype("work_counters", work_counters, {DType::kInt32});
+    check.shape("work_counters", work_counters, {Check::kAny});
+    check.that(work_counters.shape[0] >= 2, "work_counters must have 2 elements or more, got ",
+               work_counters.shape[0]);
+    check.contiguous("work_counters", work_counters);
+    check.device("work_counters", work_counters, output.device);
+    check.no_overlap("output", output, "work_counters", work_counters);
+    args.work_counters = work_counters.as<int32_t>();
+}
+
 }  // namespace
 
 void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
@@ -161,12 +183,7 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
     WeightSizes sizes{};
     GroupedGemmArgs args = build_args(check, input, "weights", weights, config, output, sizes);
     check_bias(check, bias, sizes, input, output, args);
-
-    check.dtype("expert_offsets", expert_offsets, {DType::kInt64});
-    check.shape("expert_offsets", expert_offsets, {sizes.num_groups + 1});
-    check.contiguous("expert_offsets", expert_offsets);
-    check.device("expert_offsets", expert_offsets, input.device);
-    check.no_overlap("output", output, "expert_offsets", expert_offsets);
+    check_offsets(check, expert_offsets, sizes, output);
     check.that(slots_per_token >= 1, "slots_per_token must be >= 1, got ", slots_per_token);
     if (sorted_slots.defined()) {
         check.dtype("sorted_slots", sorted_slots, {DType::kInt32});
@@ -177,22 +194,39 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
         args.sorted_slots = sorted_slots.as<int32_t>();
         args.slots_per_token = slots_per_token;
     }
-    if (work_counters.defined()) {
-        check.dtype("work_counters", work_counters, {DType::kInt32});
-        check.shape("work_counters", work_counters, {Check::kAny});
-        check.that(work_counters.shape[0] >= 2, "work_counters must have 2 elements or more, got ",
-                   work_counters.shape[0]);
-        check.contiguous("work_counters", work_counters);
-        check.device("work_counters", work_counters, input.device);
-        check.no_overlap("output", output, "work_counters", work_counters);
-        args.work_counters = work_counters.as<int32_t>();
-    }
+    check_counters(check, work_counters, output, args);
     if (input.device.type == DeviceType::kCpu)
         check_rows(check, expert_offsets, sorted_slots, slots_per_token, input.shape[0],
                    output.shape[0]);
     args.expert_offsets = expert_offsets.as<int64_t>();
     args.num_rows =
         std::min(args.num_rows, sorted_slots.defined() ? sorted_slots.shape[0] : input.shape[0]);
+    args.settled = settled;
+    run(args, input.device, stream);
+}
+
+void grouped_gemm_to_rows(const TensorView& input, const GroupedGemmWeights& weights,
+                          const TensorView& bias, const TensorView& expert_offsets, DType dtype,
+                          const TensorView& row_addresses, Stream stream,
+                          const TensorView& work_counters, Settled settled) {
+    const Check check("grouped_gemm_to_rows");
+    if (input.device.type == DeviceType::kCpu)
+        throw UnsupportedError("grouped_gemm_to_rows: input must be on a GPU, got one on the CPU");
+    check.dtype("row_addresses", row_addresses, {DType::kInt64});
+    check.shape("row_addresses", row_addresses, {Check::kAny});
+    check.contiguous("row_addresses", row_addresses);
+    check.device("row_addresses", row_addresses, input.device);
+    const int64_t width =
+        weights.packed != nullptr ? weights.packed->n() : weights.plain.shape[1];
+    const TensorView output(nullptr, dtype, {row_addresses.shape[0], width}, input.device);
+    WeightSizes sizes{};
+    GroupedGemmArgs args = build_args(check, input, "weights", weights, {}, output, sizes);
+    check_bias(check, bias, sizes, input, output, args);
+    check_offsets(check, expert_offsets, sizes, output);
+    check_counters(check, work_counters, output, args);
+    args.expert_offsets = expert_offsets.as<int64_t>();
+    args.num_rows = std::min(args.num_rows, input.shape[0]);
+    args.row_addresses = row_addresses.as<int64_t>();
     args.settled = settled;
     run(args, input.device, stream);
 }

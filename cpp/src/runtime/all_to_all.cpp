@@ -131,11 +131,13 @@ public:
             grouped_gemm(copies_, weights.gate_up, weights.gate_up_bias, offsets,
                          tensors_.sorted_slots, call_.config.routing.top_k, call_.config.activation,
                          inner_, stream, counters_);
+            if (is_direct_ && !is_fast_)
+                return grouped_gemm_to_rows(inner_, weights.down, weights.down_bias, offsets,
+                                            call_.config.dtype, result_addresses_, stream,
+                                            counters_, Settled::kWeights);
             grouped_gemm(inner_, weights.down, weights.down_bias, offsets, {}, 1, {}, rows_, stream,
                          counters_, Settled::kWeights);
-            if (is_direct_ && !is_fast_)
-                scatter_rows(rows_, {}, result_addresses_, stream);
-            else if (!is_fast_)
+            if (!is_fast_)
                 pack(rows_, tensors_.back_rows, plan_.sent_back.before(group),
                      sum(plan_.sent_back.of_group(group)), packed_back_, stream);
         });
@@ -209,7 +211,7 @@ private:
         take_all(workspace,
                  {{&copies_, dtype, num_copies, width},
                   {&inner_, dtype, num_rows, call_.config.intermediate_size},
-                  {&rows_, dtype, num_rows, width},
+                  {&rows_, dtype, is_direct_ && !is_fast_ ? 0 : num_rows, width},
                   {&back_, dtype, is_fast() ? num_sent : plan_.received_back.total(), width},
                   {&partial_, dtype, is_fast() ? num_copies : 0, width},
                   // A transport of host memory gathers rows by itself.
