@@ -1,9 +1,10 @@
 // Where rows go that cross to other ranks: the address of each, from those of the parts they make.
 //
-//   reads   N indices, if there are any
+//   reads   N indices or slots, if there are any
 //   writes  N addresses
 //
-// A thread a row, which looks for its part among at most 64. Any architecture.
+// A thread a row, which looks for its part among at most 64; a slot tells its rank. Any
+// architecture.
 
 #include <algorithm>
 
@@ -35,6 +36,18 @@ __global__ void __launch_bounds__(kThreads)
     args.addresses[row] = args.targets[part] + (i - args.firsts[part]) * args.row_bytes;
 }
 
+__global__ void __launch_bounds__(kThreads)
+    address_slots_kernel(const __grid_constant__ AddressSlotsArgs args) {
+    wait_for_predecessors();
+    allow_dependents();
+    const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    if (row >= args.num_slots) return;
+    const int64_t slot = args.slots[row];
+    if (slot < 0 || slot >= args.num_slots) return;
+    args.addresses[row] =
+        args.targets[slot / args.slots_per_rank] + slot % args.slots_per_rank * args.row_bytes;
+}
+
 }  // namespace
 
 void address_rows(const std::array<AddressRowsArgs, 2>& args, Stream stream) {
@@ -43,6 +56,12 @@ void address_rows(const std::array<AddressRowsArgs, 2>& args, Stream stream) {
     const dim3 grid(static_cast<unsigned>(ceil_div(most, kThreads)), 2);
     launch_dependent("address_rows", address_rows_kernel, grid, dim3(kThreads), 0, stream,
                      Problems{{args[0], args[1]}});
+}
+
+void address_slots(const AddressSlotsArgs& args, Stream stream) {
+    if (args.num_slots == 0) return;
+    const dim3 grid(static_cast<unsigned>(ceil_div(args.num_slots, int64_t{kThreads})));
+    launch_dependent("address_slots", address_slots_kernel, grid, dim3(kThreads), 0, stream, args);
 }
 
 }  // namespace moecore::cuda

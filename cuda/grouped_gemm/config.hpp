@@ -36,7 +36,7 @@ inline GemmChoice gemm_choice(std::string_view name) {
 
 /// What choose_config knows. The sizes of the groups are on the device.
 struct GemmProblem {
-    int64_t num_rows;  ///< R, an upper bound
+    int64_t num_rows;  ///< R, as far as anyone knows
     int64_t num_groups;
     int64_t n, k_dim;
     bool is_gated;

@@ -42,7 +42,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Stream stream) {
     if (chosen() == GemmChoice::kSimple || why_no_tensor_cores(args) != nullptr)
         return simple_grouped_gemm(args, stream);
     const GemmProblem problem{
-        .num_rows = args.num_rows,
+        .num_rows = args.expected_rows,
         .num_groups = args.num_groups,
         .n = args.n,
         .k_dim = args.k_dim,

@@ -15,8 +15,8 @@
 #include <cstdint>
 
 #include "common/launch.cuh"
-#include "grouped_gemm/epilogue.cuh"
 #include "common/math.cuh"
+#include "grouped_gemm/epilogue.cuh"
 #include "grouped_gemm/simple.hpp"
 
 namespace moecore::cuda {

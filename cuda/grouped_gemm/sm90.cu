@@ -73,7 +73,8 @@ void launch(const GroupedGemmArgs& args, const GemmConfig& config, Stream stream
     params.num_k_blocks = static_cast<int>(ceil_div(args.k_dim, BLOCK_K));
     params.is_output_aligned = args.row_addresses != nullptr ||
                                (is_multiple_of_16(args.output) && args.output_stride % 8 == 0);
-    const bool are_weights_shared = args.num_rows > int64_t{config.max_tokens} * args.num_groups;
+    const bool are_weights_shared =
+        args.expected_rows > int64_t{config.max_tokens} * args.num_groups;
     // Weights of wide tiles that were to leave L2 first took up to 4 percent longer, also where no
     // tile wants them again, and those of smaller tiles up to 7 percent less (measured on an H200).
     params.keeps_weights = are_weights_shared || Shape::kBlocks > 1;

@@ -340,6 +340,49 @@ void schedule_follows_the_figures() {
     expect(forced.reason.find("all-to-all in 3 groups") != std::string::npos, forced.reason);
 }
 
+void direct_writes_hide_the_return() {
+    const MachineFigures gpu{.link_gbps = 400,
+                             .link_latency_us = 20,
+                             .compute_gflops = 5e5,
+                             .memory_gbps = 2500,
+                             .host_wait_us = 60,
+                             .plan_ns_per_route = 0.5,
+                             .plan_collectives = 1,
+                             .group_us = 80};
+    LayerLoad load{.num_ranks = 8,
+                   .hidden_size = 7168,
+                   .intermediate_size = 2048,
+                   .num_experts = 256,
+                   .top_k = 8,
+                   .element_bytes = 2,
+                   .max_tokens = 4096,
+                   .total_tokens = 8 * 4096,
+                   .writes_directly = true};
+    const double row_us = 7168 * 2 / 400e3, routes = 4096 * 8;
+    const double experts_us = 2.0 * 3 * 7168 * 2048 * routes / 5e8;
+    const double return_us = routes * 7 / 8 * row_us;
+    const ScheduleChoice prefill = choose_schedule(load, gpu);
+    expect(prefill.schedule == Schedule::kAllToAll && prefill.num_groups == 1,
+           "nothing is left for groups to hide: " + prefill.reason);
+    const double copies = 4096 * 7 * (1 - std::pow(7.0 / 8, 8));
+    expect_close(
+        prefill.predicted_us,
+        60 + 0.5e-3 * 8 * routes + 2 * 20 + copies * row_us + std::max(experts_us, return_us), 1e-6,
+        DType::kFloat32, prefill.reason);
+    const ScheduleChoice gathered = choose_schedule(load, gpu, Schedule::kAllGather);
+    expect_close(gathered.predicted_us, 20 + 4096 * 7 * row_us + std::max(experts_us, return_us),
+                 1e-6, DType::kFloat32, gathered.reason);
+    load.num_ranks = 2;
+    load.total_tokens = 2 * 4096;
+    expect(choose_schedule(load, gpu).schedule == Schedule::kAllGather,
+           "nearly every token goes to both ranks, and no host waits");
+    load.returns_sums = true;
+    const ScheduleChoice sums = choose_schedule(load, gpu, Schedule::kAllToAll, 1);
+    expect(sums.predicted_us > 60 + 4096 * 2 * (1 - std::pow(0.5, 8)) * row_us + experts_us,
+           "sums leave after the experts: " + sums.reason);
+    expect(sums.reason.find("under") == std::string::npos, sums.reason);
+}
+
 void expert_ranges_cover_all_experts() {
     for (const int size : {1, 2, 3, 7, 10}) {
         int next = 0;
@@ -362,6 +405,7 @@ void add_dispatch_plan_tests(std::vector<Test>& tests) {
     tests.push_back({"a plan by sorts is the host's", a_plan_by_sorts_is_the_hosts});
     tests.push_back({"plan_routes arguments", plan_routes_checks_its_arguments});
     tests.push_back({"schedule follows the figures", schedule_follows_the_figures});
+    tests.push_back({"schedule of direct writes", direct_writes_hide_the_return});
     tests.push_back({"expert ranges cover all experts", expert_ranges_cover_all_experts});
 }
 

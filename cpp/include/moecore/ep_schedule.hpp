@@ -40,6 +40,9 @@ struct LayerLoad {
     int64_t total_tokens = 0;  ///< of all ranks
     /// CombineMode::kFast: one row a token and rank returns by an all-to-all, after all groups.
     bool returns_sums = false;
+    /// Ranks write to each other's memory: results cross while the experts run, and groups would
+    /// have nothing to hide.
+    bool writes_directly = false;
 };
 
 struct ScheduleChoice {
@@ -49,9 +52,9 @@ struct ScheduleChoice {
     std::string reason;  ///< what was compared, in words and microseconds
 };
 
-/// The cheapest of kAllGather and kAllToAll with 1, 2 or 4 groups, by counting bytes, flops and
-/// collectives under balanced routing. A pure function: ranks with equal arguments agree.
-/// `schedule` and `num_groups` other than kAuto and 0 leave no choice.
+/// The cheapest of kAllGather and kAllToAll with 1, 2 or 4 groups (1 if ranks write to each other's
+/// memory), by counting bytes, flops and collectives under balanced routing. A pure function: ranks
+/// with equal arguments agree. `schedule` and `num_groups` other than kAuto and 0 leave no choice.
 ScheduleChoice choose_schedule(const LayerLoad& load, const MachineFigures& figures,
                                Schedule schedule = Schedule::kAuto, int num_groups = 0);
 

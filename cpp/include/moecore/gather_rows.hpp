@@ -22,7 +22,8 @@ void gather_rows(const TensorView& input, const TensorView& index, const TensorV
 ///
 /// input      [N, K] float32 or bfloat16, rows contiguous
 /// index      [M] int32, as above; or absent: row i
-/// addresses  [M] int64, contiguous, M <= N without index: where K elements have room, a multiple of
+/// addresses  [M] int64, contiguous, M <= N without index: where K elements have room, a multiple
+/// of
 ///            16 if K elements take one
 /// Throws InvalidArgument if a shape, dtype, stride or device is not as above.
 void scatter_rows(const TensorView& input, const TensorView& index, const TensorView& addresses,

@@ -69,6 +69,8 @@ struct GroupedGemmWeights {
 ///                 where there are many rows. They are zeros again afterwards, so that one call at
 ///                 a time may use them.
 /// settled         kWeights: weights and expert_offsets both are
+/// expected_rows   how many rows the groups likely have together, if far fewer than R; 0 if not.
+///                 It chooses the size of tiles on CUDA and changes no bit
 /// Throws InvalidArgument if a shape, dtype, stride or device is not as above, an offset or slot
 /// points outside its tensor (checked on the CPU), or output overlaps an input. On CUDA, where the
 /// host never sees them, offsets are kept within the rows of the tensors and a slot outside the
@@ -78,7 +80,8 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const TensorView& bias, const TensorView& expert_offsets,
                   const TensorView& sorted_slots, int slots_per_token,
                   const GroupedGemmConfig& config, const TensorView& output, Stream stream = {},
-                  const TensorView& work_counters = {}, Settled settled = Settled::kNothing);
+                  const TensorView& work_counters = {}, Settled settled = Settled::kNothing,
+                  int64_t expected_rows = 0);
 
 /// The same without slots and activation on CUDA, but row r of the output, N elements of `dtype`,
 /// goes to row_addresses[r]: to memory of other ranks, or anywhere else that the device reaches.
@@ -88,8 +91,8 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
 void grouped_gemm_to_rows(const TensorView& input, const GroupedGemmWeights& weights,
                           const TensorView& bias, const TensorView& expert_offsets, DType dtype,
                           const TensorView& row_addresses, Stream stream = {},
-                          const TensorView& work_counters = {},
-                          Settled settled = Settled::kNothing);
+                          const TensorView& work_counters = {}, Settled settled = Settled::kNothing,
+                          int64_t expected_rows = 0);
 
 /// output = input @ weight.T + bias: grouped_gemm with one group over every row of `input`. Use it
 /// where a row's bits must not depend on the batch.

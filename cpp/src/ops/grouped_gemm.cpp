@@ -172,13 +172,18 @@ void check_counters(const Check& check, const TensorView& work_counters, const T
     args.work_counters = work_counters.as<int32_t>();
 }
 
+int64_t expected_of(const Check& check, int64_t expected_rows, int64_t num_rows) {
+    check.that(expected_rows >= 0, "expected_rows must be >= 0, got ", expected_rows);
+    return expected_rows > 0 ? std::min(expected_rows, num_rows) : num_rows;
+}
+
 }  // namespace
 
 void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const TensorView& bias, const TensorView& expert_offsets,
                   const TensorView& sorted_slots, int slots_per_token,
                   const GroupedGemmConfig& config, const TensorView& output, Stream stream,
-                  const TensorView& work_counters, Settled settled) {
+                  const TensorView& work_counters, Settled settled, int64_t expected_rows) {
     const Check check("grouped_gemm");
     WeightSizes sizes{};
     GroupedGemmArgs args = build_args(check, input, "weights", weights, config, output, sizes);
@@ -201,6 +206,7 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
     args.expert_offsets = expert_offsets.as<int64_t>();
     args.num_rows =
         std::min(args.num_rows, sorted_slots.defined() ? sorted_slots.shape[0] : input.shape[0]);
+    args.expected_rows = expected_of(check, expected_rows, args.num_rows);
     args.settled = settled;
     run(args, input.device, stream);
 }
@@ -208,7 +214,7 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
 void grouped_gemm_to_rows(const TensorView& input, const GroupedGemmWeights& weights,
                           const TensorView& bias, const TensorView& expert_offsets, DType dtype,
                           const TensorView& row_addresses, Stream stream,
-                          const TensorView& work_counters, Settled settled) {
+                          const TensorView& work_counters, Settled settled, int64_t expected_rows) {
     const Check check("grouped_gemm_to_rows");
     if (input.device.type == DeviceType::kCpu)
         throw UnsupportedError("grouped_gemm_to_rows: input must be on a GPU, got one on the CPU");
@@ -216,8 +222,7 @@ void grouped_gemm_to_rows(const TensorView& input, const GroupedGemmWeights& wei
     check.shape("row_addresses", row_addresses, {Check::kAny});
     check.contiguous("row_addresses", row_addresses);
     check.device("row_addresses", row_addresses, input.device);
-    const int64_t width =
-        weights.packed != nullptr ? weights.packed->n() : weights.plain.shape[1];
+    const int64_t width = weights.packed != nullptr ? weights.packed->n() : weights.plain.shape[1];
     const TensorView output(nullptr, dtype, {row_addresses.shape[0], width}, input.device);
     WeightSizes sizes{};
     GroupedGemmArgs args = build_args(check, input, "weights", weights, {}, output, sizes);
@@ -226,6 +231,7 @@ void grouped_gemm_to_rows(const TensorView& input, const GroupedGemmWeights& wei
     check_counters(check, work_counters, output, args);
     args.expert_offsets = expert_offsets.as<int64_t>();
     args.num_rows = std::min(args.num_rows, input.shape[0]);
+    args.expected_rows = expected_of(check, expected_rows, args.num_rows);
     args.row_addresses = row_addresses.as<int64_t>();
     args.settled = settled;
     run(args, input.device, stream);
@@ -257,6 +263,7 @@ void linear(const TensorView& input, const GroupedGemmWeights& weight, const Ten
     check.that(sizes.num_groups == 1, "weight must hold one group, got ", sizes.num_groups);
     check_bias(check, with_group("bias", bias, 1), sizes, input, output, args);
     check.shape("output", output, {input.shape[0], output.shape[1]});
+    args.expected_rows = args.num_rows;
     args.settled = settled;
     run(args, input.device, stream);
 }

@@ -12,8 +12,11 @@ namespace moecore {
 struct FixedShape {
     MoEConfig config;
     int64_t fixed_tokens;  ///< F of every call, or 0: each call has its own, and may move memory
-    Buffer first_experts;  ///< [P + 1] int32
+    Buffer first_experts;  ///< [2 + P + 1] int32: the two below
     Workspace workspace;
+
+    TensorView all_experts() const;  ///< [2] first expert and end of one rank with all
+    TensorView owners() const;       ///< [P + 1] first expert of each rank, and the end
 };
 
 /// The shape among `known` that fits the call, or nullptr.
@@ -24,7 +27,8 @@ std::unique_ptr<FixedShape> make_shape(const MoEConfig& config, int64_t fixed_to
                                        const std::vector<ExpertRange>& ranges, Device device);
 
 /// One layer by Schedule::kAllGather: every rank gets all tokens, runs its own experts on them, and
-/// returns one row for every slot to the token's owner. All shapes follow from F = tokens_per_rank,
+/// returns one row for every slot to the token's owner. Where ranks write to each other's memory,
+/// tokens and results go straight to where they belong. All shapes follow from F = tokens_per_rank,
 /// which is >= T on every rank, so no host waits for a device, and a call of a fixed shape can be
 /// captured in a CUDA graph once another has run.
 void run_all_gather(EpResources& resources, const ExpertParallel::Call& call, FixedShape& shape,

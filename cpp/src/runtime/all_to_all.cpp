@@ -104,13 +104,13 @@ public:
     /// written to where their tokens are.
     void dispatch_directly(Stream stream) {
         timeline_.span("dispatch", kWhole, Lane::kCommunication, stream, [&] {
-            lend_rows(transport_,
-                      {CrossingRows{plan_.sent, plan_.received, copies_, {}, copy_addresses_},
-                       CrossingRows{is_fast_ ? plan_.received : plan_.sent_back,
-                                    is_fast_ ? plan_.sent : plan_.received_back, back_,
-                                    is_fast_ ? TensorView() : tensors_.back_rows,
-                                    result_addresses_}},
-                      stream);
+            lend_rows(
+                transport_,
+                {CrossingRows{plan_.sent, plan_.received, copies_, {}, copy_addresses_},
+                 CrossingRows{is_fast_ ? plan_.received : plan_.sent_back,
+                              is_fast_ ? plan_.sent : plan_.received_back, back_,
+                              is_fast_ ? TensorView() : tensors_.back_rows, result_addresses_}},
+                stream);
             scatter_rows(call_.hidden_states, tensors_.sent_tokens, copy_addresses_, stream);
             transport_.finish_writes("dispatch", stream);
         });
@@ -208,19 +208,19 @@ private:
         const int64_t num_copies = plan_.received.total();
         const int64_t num_rows = plan_.sent_back.total();
         const int64_t num_sent = plan_.sent.total();
-        take_all(workspace,
-                 {{&copies_, dtype, num_copies, width},
-                  {&inner_, dtype, num_rows, call_.config.intermediate_size},
-                  {&rows_, dtype, is_direct_ && !is_fast_ ? 0 : num_rows, width},
-                  {&back_, dtype, is_fast() ? num_sent : plan_.received_back.total(), width},
-                  {&partial_, dtype, is_fast() ? num_copies : 0, width},
-                  // A transport of host memory gathers rows by itself.
-                  {&packed_, dtype, is_on_host_ || is_direct_ ? 0 : num_sent, width},
-                  {&packed_back_, dtype, is_on_host_ || is_fast() || is_direct_ ? 0 : num_rows,
-                   width},
-                  {&copy_addresses_, DType::kInt64, is_direct_ ? num_sent : 0},
-                  {&result_addresses_, DType::kInt64,
-                   is_direct_ ? (is_fast() ? num_copies : num_rows) : 0}});
+        take_all(
+            workspace,
+            {{&copies_, dtype, num_copies, width},
+             {&inner_, dtype, num_rows, call_.config.intermediate_size},
+             {&rows_, dtype, is_direct_ && !is_fast_ ? 0 : num_rows, width},
+             {&back_, dtype, is_fast() ? num_sent : plan_.received_back.total(), width},
+             {&partial_, dtype, is_fast() ? num_copies : 0, width},
+             // A transport of host memory gathers rows by itself.
+             {&packed_, dtype, is_on_host_ || is_direct_ ? 0 : num_sent, width},
+             {&packed_back_, dtype, is_on_host_ || is_fast() || is_direct_ ? 0 : num_rows, width},
+             {&copy_addresses_, DType::kInt64, is_direct_ ? num_sent : 0},
+             {&result_addresses_, DType::kInt64,
+              is_direct_ ? (is_fast() ? num_copies : num_rows) : 0}});
     }
 
     static int64_t sum(std::span<const int64_t> counts) {
@@ -347,8 +347,8 @@ void run_all_to_all(EpResources& resources, const ExpertParallel::Call& call,
     resources.timeline.span("plan", kWhole, Lane::kCompute, stream, [&] {
         exchange.emplace(resources, call, agreement, num_groups, stream);
     });
-    const bool overlaps = (num_groups > 1 && !exchange->is_direct()) ||
-                          call.config.shared_intermediate_size > 0;
+    const bool overlaps =
+        (num_groups > 1 && !exchange->is_direct()) || call.config.shared_intermediate_size > 0;
     if (overlaps && resources.side_lane == nullptr)
         resources.side_lane = make_side_lane(resources.transport.device());
     CommLane& lane = overlaps ? *resources.side_lane : *resources.inline_lane;

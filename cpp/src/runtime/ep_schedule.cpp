@@ -12,7 +12,8 @@ namespace {
 struct Costs {
     double dispatch, back, compute;
     double plan = 0.0;
-    bool overlaps_back = true;  ///< a group's results leave under the next one's computation
+    bool overlaps_back = true;     ///< a group's results leave under the next one's computation
+    bool writes_directly = false;  ///< results leave under the computation itself
 };
 
 double us_of_bytes(double bytes, double gbps) { return bytes / (gbps * 1e3); }
@@ -39,22 +40,33 @@ Costs all_to_all_costs(const LayerLoad& load, const MachineFigures& figures) {
     const double remote_routes = load.top_k * (ranks - 1.0) / ranks;
     const double copies_us = us_of_bytes(tokens * (ranks - 1.0) * visited * row, figures.link_gbps);
     const double routes_us = us_of_bytes(tokens * remote_routes * row, figures.link_gbps);
-    return {copies_us, load.returns_sums ? copies_us : routes_us, compute_us(load, figures),
+    return {copies_us,
+            load.returns_sums ? copies_us : routes_us,
+            compute_us(load, figures),
             static_cast<double>(load.total_tokens * load.top_k) * figures.plan_ns_per_route * 1e-3,
-            !load.returns_sums};
+            !load.returns_sums,
+            load.writes_directly && !load.returns_sums};
 }
 
 Costs all_gather_costs(const LayerLoad& load, const MachineFigures& figures) {
     const double bytes =
         static_cast<double>(load.max_tokens * load.hidden_size * load.element_bytes) *
         (load.num_ranks - 1);
-    return {us_of_bytes(bytes, figures.link_gbps),
-            us_of_bytes(bytes * load.top_k, figures.link_gbps), compute_us(load, figures)};
+    // Written one by one, only those results cross that there are, and not room for all.
+    const double ranks_that_return = load.writes_directly ? load.num_ranks : 1.0;
+    return {.dispatch = us_of_bytes(bytes, figures.link_gbps),
+            .back = us_of_bytes(bytes * load.top_k / ranks_that_return, figures.link_gbps),
+            .compute = compute_us(load, figures),
+            .writes_directly = load.writes_directly};
 }
 
 /// The first arrival and the last departure stand alone; between them the longer of computation and
 /// communication counts. Collectives agree on routes, and each group adds two.
 double all_to_all_us(const Costs& costs, const MachineFigures& figures, int num_groups) {
+    if (costs.writes_directly)
+        return figures.host_wait_us + costs.plan + figures.group_us * (num_groups - 1) +
+               figures.link_latency_us * (figures.plan_collectives + 1.0) + costs.dispatch +
+               std::max(costs.compute, costs.back);
     const double cut = costs.dispatch + (costs.overlaps_back ? costs.back : 0.0);  // into groups
     const double ends = cut / num_groups + (costs.overlaps_back ? 0.0 : costs.back);
     const double inner_share = 1.0 - 1.0 / num_groups;
@@ -64,6 +76,8 @@ double all_to_all_us(const Costs& costs, const MachineFigures& figures, int num_
 }
 
 double all_gather_us(const Costs& costs, const MachineFigures& figures) {
+    if (costs.writes_directly)
+        return figures.link_latency_us + costs.dispatch + std::max(costs.compute, costs.back);
     return 3.0 * figures.link_latency_us + costs.dispatch + costs.compute + costs.back;
 }
 
@@ -73,7 +87,7 @@ std::string groups_text(int num_groups) {
 
 /// combine="fast" returns as many rows as are dispatched.
 std::string what_sums_would_save(const LayerLoad& load, const Costs& costs) {
-    if (load.returns_sums || costs.dispatch >= costs.back) return "";
+    if (load.returns_sums || costs.writes_directly || costs.dispatch >= costs.back) return "";
     return concat("; with combine=\"fast\", whose bits are others, return ",
                   rounded(costs.dispatch), " us");
 }
@@ -107,20 +121,20 @@ ScheduleChoice choose_schedule(const LayerLoad& load, const MachineFigures& figu
     };
     if (schedule != Schedule::kAllGather)
         for (const int groups : {1, 2, 4})
-            if (num_groups == 0 || groups == 1) {
+            if (groups == 1 || (num_groups == 0 && !load.writes_directly)) {
                 const int wanted = num_groups == 0 ? groups : num_groups;
                 consider(Schedule::kAllToAll, wanted, all_to_all_us(costs, figures, wanted));
             }
     if (schedule != Schedule::kAllToAll)
         consider(Schedule::kAllGather, 1, all_gather_us(all_gather_costs(load, figures), figures));
-    best.reason =
-        concat(best.schedule == Schedule::kAllGather
-                   ? std::string("all-gather")
-                   : concat("all-to-all in ", groups_text(best.num_groups)),
-               ": predicted ", compared, "; dispatch ", rounded(costs.dispatch), ", experts ",
-               rounded(costs.compute), ", return ", rounded(costs.back), " us at ",
-               rounded(figures.link_gbps), " GB/s and ", rounded(figures.link_latency_us),
-               " us a call", what_sums_would_save(load, costs));
+    best.reason = concat(best.schedule == Schedule::kAllGather
+                             ? std::string("all-gather")
+                             : concat("all-to-all in ", groups_text(best.num_groups)),
+                         ": predicted ", compared, "; dispatch ", rounded(costs.dispatch),
+                         ", experts ", rounded(costs.compute), ", return ", rounded(costs.back),
+                         costs.writes_directly ? " us under the experts at " : " us at ",
+                         rounded(figures.link_gbps), " GB/s and ", rounded(figures.link_latency_us),
+                         " us a call", what_sums_would_save(load, costs));
     return best;
 }
 

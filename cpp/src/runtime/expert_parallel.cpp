@@ -9,6 +9,7 @@
 #include "runtime/all_gather.hpp"
 #include "runtime/all_to_all.hpp"
 #include "runtime/current_device.hpp"
+#include "runtime/lent_rows.hpp"
 
 namespace moecore {
 
@@ -39,8 +40,8 @@ HostRoutes routes_on_host(Transport& transport, const ExpertParallel::Call& call
     return {reinterpret_cast<int32_t*>(host), reinterpret_cast<float*>(weights)};
 }
 
-LayerLoad load_of(const MoEConfig& config, const ExpertParallelConfig& how,
-                  const std::vector<int64_t>& num_tokens) {
+LayerLoad load_of(const Transport& transport, const MoEConfig& config,
+                  const ExpertParallelConfig& how, const std::vector<int64_t>& num_tokens) {
     return {.num_ranks = static_cast<int>(num_tokens.size()),
             .hidden_size = config.hidden_size,
             .intermediate_size = config.intermediate_size,
@@ -49,7 +50,8 @@ LayerLoad load_of(const MoEConfig& config, const ExpertParallelConfig& how,
             .element_bytes = static_cast<int64_t>(size_of(config.dtype)),
             .max_tokens = *std::max_element(num_tokens.begin(), num_tokens.end()),
             .total_tokens = std::accumulate(num_tokens.begin(), num_tokens.end(), int64_t{0}),
-            .returns_sums = how.combine == CombineMode::kFast};
+            .returns_sums = how.combine == CombineMode::kFast,
+            .writes_directly = can_lend_rows(transport, 1)};
 }
 
 }  // namespace
@@ -80,7 +82,7 @@ void ExpertParallel::forward(const Call& call, Stream stream) {
     if (is_on_host) routes = routes_on_host(transport_, call, state.routes, stream);
     Agreement agreement = agree(transport_, call.config, call.how, state.num_calls, num_tokens,
                                 is_on_host ? &routes : nullptr);
-    const LayerLoad load = load_of(call.config, call.how, agreement.num_tokens);
+    const LayerLoad load = load_of(transport_, call.config, call.how, agreement.num_tokens);
     const Schedule wanted =
         call.how.combine == CombineMode::kFast ? Schedule::kAllToAll : call.how.schedule;
     choice_ = choose_schedule(load, figures_, wanted, call.how.num_groups);

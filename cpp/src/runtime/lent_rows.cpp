@@ -3,13 +3,25 @@
 #include <numeric>
 
 #include "moecore/error.hpp"
-#include "moecore/kernels/address_rows.hpp"
 #include "moecore/kernels/memory.hpp"
+#include "moecore/kernels/share_rows.hpp"
 
 namespace moecore {
 namespace {
 
 constexpr const char* kPhase = "lend";
+
+LentMemory memory_of(const TensorView& view) {
+    return {view.data, static_cast<size_t>(view.num_elements()) * size_of(view.dtype)};
+}
+
+int64_t address_of(const LentMemory& memory) {
+    return static_cast<int64_t>(reinterpret_cast<intptr_t>(memory.data));
+}
+
+int64_t bytes_of(const TensorView& view, int64_t elements) {
+    return elements * static_cast<int64_t>(size_of(view.dtype));
+}
 
 int64_t sum_before(std::span<const int64_t> counts, size_t end) {
     return std::accumulate(counts.begin(), counts.begin() + static_cast<ptrdiff_t>(end),
@@ -26,7 +38,7 @@ AddressRowsArgs address(const Transport& transport, const CrossingRows& rows, co
     args.index = rows.index.defined() ? rows.index.as<int32_t>() : nullptr;
     args.addresses = rows.addresses.as<int64_t>();
     args.num_rows = rows.sent.total();
-    args.row_bytes = rows.memory.shape[1] * static_cast<int64_t>(size_of(rows.memory.dtype));
+    args.row_bytes = bytes_of(rows.memory, rows.memory.shape[1]);
     args.num_parts = static_cast<int>(parts);
     for (size_t part = 0; part < parts; ++part) {
         const size_t rank = part % ranks, there = part - rank + me;
@@ -36,9 +48,9 @@ AddressRowsArgs address(const Transport& transport, const CrossingRows& rows, co
                 static_cast<int>(rank), kPhase,
                 concat("rank ", rank, " is out of step in phase '", kPhase, "': it expects ",
                        theirs[there], " rows, got ", rows.sent.counts[part]));
-        const auto memory = reinterpret_cast<intptr_t>(loans.memory[rank * 2 + kind].data);
         args.firsts[part] = sum_before(rows.sent.counts, part);
-        args.targets[part] = memory + sum_before(theirs, there) * args.row_bytes;
+        args.targets[part] =
+            address_of(loans.memory[rank * 2 + kind]) + sum_before(theirs, there) * args.row_bytes;
     }
     return args;
 }
@@ -53,9 +65,7 @@ void lend_rows(Transport& transport, const std::array<CrossingRows, 2>& rows, St
     std::array<LentMemory, 2> mine;
     std::vector<int64_t> notes;
     for (size_t kind = 0; kind < 2; ++kind) {
-        const TensorView& memory = rows[kind].memory;
-        mine[kind] = {memory.data,
-                      static_cast<size_t>(memory.num_elements()) * size_of(memory.dtype)};
+        mine[kind] = memory_of(rows[kind].memory);
         const auto& counts = rows[kind].received.counts;
         notes.insert(notes.end(), counts.begin(), counts.end());
     }
@@ -63,6 +73,46 @@ void lend_rows(Transport& transport, const std::array<CrossingRows, 2>& rows, St
     const cuda::DeviceScope scope(transport.device().index);
     cuda::address_rows(
         {address(transport, rows[0], loans, 0), address(transport, rows[1], loans, 1)}, stream);
+}
+
+AddressSlotsArgs share_rows(Transport& transport, const char* phase,
+                            const std::array<SharedRows, 2>& shared, const TensorView& back,
+                            Stream stream) {
+    const auto ranks = static_cast<size_t>(transport.size());
+    const auto me = static_cast<size_t>(transport.rank());
+    constexpr size_t kLent = 3;
+    const LentMemory mine[kLent] = {memory_of(shared[0].memory), memory_of(shared[1].memory),
+                                    memory_of(back)};
+    const Loans loans = transport.lend(phase, mine, {}, stream);
+
+    std::array<ShareRowsArgs, 2> args{};
+    for (size_t kind = 0; kind < 2; ++kind) {
+        const auto& [rows, memory, is_padded] = shared[kind];
+        ShareRowsArgs& one = args[kind];
+        const int64_t all_rows = memory.shape[1];
+        one.source = rows.data;
+        one.source_stride = bytes_of(rows, rows.strides[0]);
+        one.num_rows = rows.shape[0];
+        one.padded_rows = is_padded ? all_rows : rows.shape[0];
+        one.row_bytes = bytes_of(rows, rows.shape[1]);
+        one.num_targets = static_cast<int>(ranks);
+        // Every rank begins with its right neighbour, so that none has to take from all at once.
+        for (size_t i = 0; i < ranks; ++i)
+            one.targets[i] = address_of(loans.memory[(me + 1 + i) % ranks * kLent + kind]) +
+                             transport.rank() * all_rows * one.row_bytes;
+    }
+    {
+        const cuda::DeviceScope scope(transport.device().index);
+        cuda::share_rows(args, stream);
+    }
+    transport.finish_writes(phase, stream);
+
+    AddressSlotsArgs places{};
+    places.num_slots = static_cast<int64_t>(ranks) * back.shape[0];
+    places.slots_per_rank = back.shape[0];
+    places.row_bytes = bytes_of(back, back.shape[1]);
+    for (size_t r = 0; r < ranks; ++r) places.targets[r] = address_of(loans.memory[r * kLent + 2]);
+    return places;
 }
 
 }  // namespace moecore

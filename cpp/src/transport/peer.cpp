@@ -81,7 +81,8 @@ public:
         for (size_t r = 0; r < cards.size(); ++r) {
             auto& events = events_of_.emplace_back(everyones[r].here);
             if (!is_here_[r])
-                for (size_t i = 0; i < kNumEvents; ++i) events[i] = opened(everyones[r].elsewhere[i]);
+                for (size_t i = 0; i < kNumEvents; ++i)
+                    events[i] = opened(everyones[r].elsewhere[i]);
         }
     }
 

@@ -19,13 +19,13 @@ void Transport::all_gather_rows(const char* phase, const void* mine, void* all, 
 
 Loans Transport::lend(const char* phase, std::span<const LentMemory>, std::span<const int64_t>,
                       Stream) {
-    throw UnsupportedError(concat("Transport: ", kind(), " lends no memory, asked to in phase '",
-                                  phase, "'"));
+    throw UnsupportedError(
+        concat("Transport: ", kind(), " lends no memory, asked to in phase '", phase, "'"));
 }
 
 void Transport::finish_writes(const char* phase, Stream) {
-    throw UnsupportedError(concat("Transport: ", kind(), " lends no memory, asked to in phase '",
-                                  phase, "'"));
+    throw UnsupportedError(
+        concat("Transport: ", kind(), " lends no memory, asked to in phase '", phase, "'"));
 }
 
 void Transport::abort_because(const std::exception& error) {

@@ -21,9 +21,20 @@ struct AddressRowsArgs {
     int64_t targets[kMaxParts];  ///< address of the first row of each part
 };
 
+/// Where the result of each of N slots goes, of which every rank has as many. Built likewise.
+struct AddressSlotsArgs {
+    const int32_t* slots;    ///< [N] slot of each row; outside [0, N): the row goes nowhere
+    int64_t* addresses;      ///< [N] of each row, out
+    int64_t num_slots;       ///< N
+    int64_t slots_per_rank;  ///< N / ranks
+    int64_t row_bytes;
+    int64_t targets[AddressRowsArgs::kMaxParts];  ///< address of each rank's first slot
+};
+
 namespace cuda {
-/// Several, in one launch.
+/// Two kinds of rows, in one launch.
 void address_rows(const std::array<AddressRowsArgs, 2>& args, Stream stream);
+void address_slots(const AddressSlotsArgs& args, Stream stream);
 }  // namespace cuda
 
 }  // namespace moecore

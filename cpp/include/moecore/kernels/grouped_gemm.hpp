@@ -19,6 +19,7 @@ struct GroupedGemmArgs {
     int64_t num_rows;               ///< an upper bound of R, known without reading expert_offsets:
                                     ///< every row below it is in output, and in what it is read
                                     ///< through (sorted_slots, or input)
+    int64_t expected_rows;          ///< <= num_rows: how many there likely are, for tiles' sizes
     const void* weights;            ///< packed, or plain with the strides below
     bool is_packed;
     int64_t group_stride;        ///< elements between groups
