@@ -61,8 +61,13 @@ int run_processes(const RankOptions& options, const std::function<void(Transport
         if (child == 0) {
             const int status = run_rank(
                 options,
-                [&] {
-                    return make_shm_transport({.name = name, .rank = r, .size = options.ranks});
+                [&]() -> std::unique_ptr<Transport> {
+                    auto hosts =
+                        make_shm_transport({.name = name, .rank = r, .size = options.ranks});
+                    if (options.transport != "peer") return hosts;
+                    const int gpus = std::max(1, cuda::device_count());
+                    return make_peer_transport(
+                        {.hosts = std::move(hosts), .device = {DeviceType::kCuda, r % gpus}});
                 },
                 body);
             std::fflush(stdout);
@@ -115,23 +120,20 @@ RankOptions take_rank_options(int& argc, char** argv) {
 
 void run_group(const RankOptions& options, const std::function<void(Transport&)>& body) {
     int status = 0;
-    if (options.transport == "shm") {
+    if (options.transport == "shm" || options.transport == "peer") {
         status = run_processes(options, body);
     } else {
         const Device device{options.cuda ? DeviceType::kCuda : DeviceType::kCpu, 0};
         const bool is_nccl = options.transport == "nccl";
-        const bool is_peer = options.transport == "peer";
-        const bool has_gpus = is_nccl || is_peer;
-        auto hosts = make_in_process_transports(options.ranks, has_gpus ? Device{} : device);
+        auto hosts = make_in_process_transports(options.ranks, is_nccl ? Device{} : device);
         const std::string id = is_nccl ? nccl_unique_id() : "";
-        const int gpus = has_gpus ? std::max(1, cuda::device_count()) : 1;
+        const int gpus = is_nccl ? std::max(1, cuda::device_count()) : 1;
         std::vector<std::function<std::unique_ptr<Transport>()>> make;
         for (int r = 0; r < options.ranks; ++r)
             make.push_back([&, r]() -> std::unique_ptr<Transport> {
                 auto host = std::move(hosts[static_cast<size_t>(r)]);
-                const Device own{DeviceType::kCuda, r % gpus};
-                if (is_peer) return make_peer_transport({.hosts = std::move(host), .device = own});
                 if (!is_nccl) return host;
+                const Device own{DeviceType::kCuda, r % gpus};
                 return make_nccl_transport({.unique_id = id,
                                             .rank = r,
                                             .size = options.ranks,

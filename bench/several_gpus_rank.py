@@ -177,7 +177,11 @@ def phase_micros(rank: Rank, repeats: int, run: Callable[[], object]) -> dict[st
 
 
 def moves(rank: Rank) -> None:
-    """Dispatch and return of the all-to-all; logical bytes count a rank's own share, too."""
+    """Dispatch and return of the all-to-all; logical bytes count a rank's own share, too.
+
+    Where ranks write to each other's memory, results cross in the experts' second GEMM: then
+    "return" is the experts' time, both GEMMs, and the wait for the others.
+    """
     columns = ["ranks", "shape", "tokens a rank", "dispatch us", "GB/s", "return us", "GB/s"]
     rank.table("moves", [*columns, "combine us", "whole layer us", "in a graph us"])
     shapes = [SMALL] if not rank.is_cuda or rank.smoke else [DEEPSEEK_MOVES, QWEN3_MOVES]
@@ -203,6 +207,8 @@ def move(
     owners = [moecore.expert_range(shape.experts, r, rank.size) for r in range(rank.size)]
     copies = sum(int(((ids >= o.start) & (ids < o.stop)).any(dim=1).sum()) for o in owners)
     dispatch, back = phases["dispatch"], phases["return"]
+    if rank.transport.kind == "peer":
+        back += phases["experts"]
     row_kb = shape.hidden * 2e-3
     rank.row(
         "moves",

@@ -18,12 +18,19 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kBytesPerBlock = 4096;
 
+/// The rows for one rank lie side by side: blocks that run together take some for each.
+__device__ int64_t spread(unsigned block, unsigned num_blocks) {
+    constexpr unsigned kWays = 16;
+    const unsigned step = num_blocks / kWays;  // what is left over stays where it is
+    return block < step * kWays ? int64_t{block % kWays} * step + block / kWays : block;
+}
+
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
     gather_rows_kernel(const __grid_constant__ GatherRowsArgs args) {
     wait_for_predecessors();
     allow_dependents();
-    const int64_t i = blockIdx.x;
+    const int64_t i = args.addresses != nullptr ? spread(blockIdx.x, gridDim.x) : blockIdx.x;
     const int64_t index = args.index != nullptr ? args.index[i] : i;
     const int64_t row = index / args.slots_per_row;
     if (index < 0 || row >= args.num_inputs) return;

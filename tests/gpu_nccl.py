@@ -89,7 +89,8 @@ def check_graph(transport, device, num_replays):
         graph.replay()
     torch.cuda.synchronize()
     micros = (time.perf_counter() - start) / num_replays * 1e6
-    tell(transport.rank, f"graph over nccl, {transport.size} ranks, 8 tokens: {micros:.1f} us")
+    what = f"graph over {transport.kind}, {transport.size} ranks, 8 tokens"
+    tell(transport.rank, f"{what}: {micros:.1f} us")
 
 
 # --- Faults ---
@@ -130,6 +131,7 @@ def check_fault(transport, device, fault):
     if rank == culprit:
         return
     text = str(error)
+    assert isinstance(error, moecore.TransportError), text
     assert error.rank == culprit, text
     assert f"rank {culprit}" in text, text
     assert "phase '" in text, text
@@ -161,7 +163,7 @@ def run_process(rank, size, name, num_layers):
     tell(rank, f"over {transport.kind}, too")
     check_rank(transport, device)
     tell(rank, "every schedule has the bits of one rank")
-    if transport.kind == "nccl":
+    if transport.can_capture:
         check_graph(transport, device, 20 if shares_gpu(size) else 200)
     check_random_layers(transport, device, num_layers)
     tell(rank, f"{num_layers} random layers have the bits of one rank")

@@ -246,12 +246,27 @@ def test_gpus_of_one_machine_copy_from_each_other_where_that_is_asked_for(monkey
     assert recorded.made[1:] == [("peer", ("hosts",), {"device": gpu, "deadline": 5.0})]
 
 
+def test_gpus_write_to_each_other_where_all_can(monkeypatch):
+    reachable = {(0, 1), (1, 0), (1, 2), (2, 1), (0, 2), (2, 0)}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda *pair: pair in reachable)
+    assert wanted_transport(True, 3) == "peer"
+    assert wanted_transport(True, 4) == "nccl"
+    assert wanted_transport(False, 3) == "nccl"
+    reachable.discard((2, 0))
+    assert wanted_transport(True, 3) == "nccl"
+
+
 def test_the_environment_says_how_gpus_meet(monkeypatch):
-    assert wanted_transport(True) == wanted_transport(False) == "nccl"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda *pair: False)
     monkeypatch.setenv("MOECORE_TRANSPORT", "peer")
-    assert wanted_transport(True) == "peer"
+    assert wanted_transport(True, 2) == "peer"
     with pytest.raises(ValueError, match="must be nccl between machines, got 'peer'"):
-        wanted_transport(False)
+        wanted_transport(False, 2)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda *pair: True)
+    monkeypatch.setenv("MOECORE_TRANSPORT", "nccl")
+    assert wanted_transport(True, 2) == "nccl"
     monkeypatch.setenv("MOECORE_TRANSPORT", "rdma")
-    with pytest.raises(ValueError, match="MOECORE_TRANSPORT must be nccl or peer, got 'rdma'"):
-        wanted_transport(True)
+    with pytest.raises(ValueError, match="MOECORE_TRANSPORT must be auto, nccl or peer, got 'rdma"):
+        wanted_transport(True, 2)

@@ -21,6 +21,7 @@
 #include "moecore/kernels/rotate_and_cache.hpp"
 #include "moecore/kernels/route_and_sort.hpp"
 #include "moecore/kernels/share_rows.hpp"
+#include "moecore/kernels/signals.hpp"
 #include "moecore/kernels/sort_by_expert.hpp"
 #include "moecore/kernels/topk_routing.hpp"
 #include "moecore/kernels/write_kv_cache.hpp"
@@ -38,6 +39,7 @@ namespace {
 
 void topk_routing(const TopkRoutingArgs&, Stream) { throw_no_cuda("topk_routing"); }
 void share_rows(const std::array<ShareRowsArgs, 2>&, Stream) { throw_no_cuda("share_rows"); }
+void meet(const SignalArgs&, Stream) { throw_no_cuda("meet"); }
 void sort_by_expert(std::span<const SortByExpertArgs>, Stream) { throw_no_cuda("sort_by_expert"); }
 void route_and_sort(const RouteAndSortArgs&, Stream) { throw_no_cuda("route_and_sort"); }
 void grouped_gemm(const GroupedGemmArgs&, Stream) { throw_no_cuda("grouped_gemm"); }

@@ -104,16 +104,19 @@ class Assembly:
             self._cache = self._plan_cache()
         return self._cache
 
-    def runner(self, cache: CachePlan) -> ModelRunner:
-        """Give the loaded model a cache."""
+    def runner(self, cache: CachePlan, transport: Transport | None = None) -> ModelRunner:
+        """Give the loaded model a cache; `transport` as for `load`."""
         assert self._network is not None
-        uses_graphs = not self.options.enforce_eager and not self._network.is_distributed
+        uses_graphs = not self.options.enforce_eager and (
+            transport is None or (transport.kind == "peer" and transport.can_capture)
+        )
         return ModelRunner(
             self._network,
             device=self.device,
             dtype=self.dtype,
             cache=cache,
             max_num_seqs=self.options.max_num_seqs if uses_graphs else 0,
+            transport=transport,
         )
 
     def engine(self, runner: BatchRunner) -> Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from moecore.attention import Attention
 from moecore.batch import Batch
 from moecore.models.decoder import CausalLM
+from moecore.transport import Transport
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -35,6 +37,7 @@ class DecodeGraphs:
         cos_sin: as CausalLM.forward takes it.
         sizes: numbers of sequences, ascending.
         max_blocks: of a sequence.
+        transport: of an expert-parallel rank: all ranks make and run the same graphs together.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class DecodeGraphs:
         *,
         sizes: Sequence[int],
         max_blocks: int,
+        transport: Transport | None = None,
     ) -> None:
         self._sizes = list(sizes)
         vocab_size, device = model.config.vocab_size, cos_sin.device
@@ -52,7 +56,9 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         # The largest first: later ones then find memory that it has left in the pool.
         self._graphs = {
-            size: _DecodeGraph(model, attention, cos_sin, logits[:size], max_blocks, pool)
+            size: _DecodeGraph(
+                model, attention, cos_sin, logits[:size], max_blocks, pool, transport
+            )
             for size in reversed(self._sizes)
         }
 
@@ -60,10 +66,21 @@ class DecodeGraphs:
         """Whether there is a graph for this batch."""
         return is_decode(batch) and batch.context_lens.shape[0] <= self._sizes[-1]
 
-    def run(self, batch: Batch) -> Tensor:
-        """Return the logits [S, vocab_size] of a batch on the CPU, valid until the next run."""
-        size = self._sizes[bisect_left(self._sizes, batch.context_lens.shape[0])]
-        return self._graphs[size].run(batch)
+    def run(self, batch: Batch, most: int = 0) -> Tensor:
+        """Return the logits [S, vocab_size] of a batch on the CPU, valid until the next run.
+
+        Args:
+            batch: of S sequences, for which there is a graph.
+            most: sequences of any rank, if there are several ranks.
+        """
+        return self._graph_of(max(most, batch.context_lens.shape[0])).run(batch)
+
+    def join(self, most: int) -> None:
+        """Take part in a pass of the other ranks, which have up to `most` sequences."""
+        self._graph_of(most).join()
+
+    def _graph_of(self, num_sequences: int) -> _DecodeGraph:
+        return self._graphs[self._sizes[bisect_left(self._sizes, num_sequences)]]
 
 
 class _DecodeGraph:
@@ -77,6 +94,7 @@ class _DecodeGraph:
         logits: Tensor,
         max_blocks: int,
         pool: Any,
+        transport: Transport | None,
     ) -> None:
         size, device = len(logits), logits.device
         self._logits = logits
@@ -100,13 +118,18 @@ class _DecodeGraph:
         self._batch, self._activations = batch, model.activations(size)
 
         def forward() -> None:
-            model.forward(batch, attention, cos_sin, activations=self._activations, out=logits)
+            with nullcontext() if transport is None else transport.fixed_tokens(size):
+                model.forward(batch, attention, cos_sin, activations=self._activations, out=logits)
 
         # Sequences of length 0: nothing is written to the cache. The first pass allocates.
         forward()
+        if transport is not None:  # this wait has a deadline
+            transport.synchronize("first pass of a graph")
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Ranks may be threads, and transports have some of their own.
+        mode = "global" if transport is None else "thread_local"
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode=mode):
             forward()
 
     def run(self, batch: Batch) -> Tensor:
@@ -124,7 +147,16 @@ class _DecodeGraph:
         # weights are read for it, and writes the same keys and values to the same place.
         self._block_tables[:count, :width] = batch.block_tables.numpy()
         self._block_tables[count:] = self._block_tables[0]
+        self._replay()
+        return self._logits[:count]
+
+    def join(self) -> None:
+        """Run with sequences of length 0 only."""
+        self._copied.synchronize()
+        self._host.zero_()
+        self._replay()
+
+    def _replay(self) -> None:
         self._inputs.copy_(self._host, non_blocking=True)
         self._copied.record()
         self._graph.replay()
-        return self._logits[:count]

@@ -13,6 +13,7 @@ from moecore.config import ModelConfig
 from moecore.decode_graphs import DecodeGraphs, graph_sizes
 from moecore.models.decoder import CausalLM
 from moecore.rope import cos_sin_table
+from moecore.transport import Transport
 
 BLOCK_SIZE = NativeAttention.block_size
 _CPU_CACHE_LIMIT = 4 << 30
@@ -72,7 +73,8 @@ class ModelRunner:
     """Runs batches of `model`, its weights loaded, over a paged cache.
 
     On CUDA, passes of up to max_num_seqs decodes run as CUDA graphs, unless that is 0 or the
-    attention is torch's.
+    attention is torch's. Over the ranks of `transport` all make their graphs together, and run
+    them together: then `run` and `join` are told how many sequences any rank has.
     """
 
     block_size = BLOCK_SIZE
@@ -85,6 +87,7 @@ class ModelRunner:
         dtype: torch.dtype,
         cache: CachePlan,
         max_num_seqs: int = 0,
+        transport: Transport | None = None,
     ) -> None:
         self._model = model
         self._device = device
@@ -109,21 +112,39 @@ class ModelRunner:
                     self._cos_sin,
                     sizes=graph_sizes(max_num_seqs),
                     max_blocks=-(-cache.max_model_len // self.block_size),
+                    transport=transport,
                 )
+        self._is_alone = transport is None
 
-    def run(self, batch: Batch) -> Tensor:
+    @property
+    def has_graphs(self) -> bool:
+        """Whether passes of few decodes run as CUDA graphs."""
+        return self._graphs is not None
+
+    def num_decodes(self, batch: Batch) -> int:
+        """Sequences of a batch that a CUDA graph can run, or -1 if none can."""
+        if self._graphs is None or not self._graphs.serves(batch):
+            return -1
+        return batch.context_lens.shape[0]
+
+    def run(self, batch: Batch, most_decodes: int = -1) -> Tensor:
         """Return the logits [N, vocab_size] float32 of the batch's `logit_rows`.
 
         They are valid until the next run.
+
+        Args:
+            batch: on the CPU.
+            most_decodes: of any rank, if all run a CUDA graph in this pass.
         """
         if not self._needs_torch:  # no operator of torch: no mode of torch
             return self._model.forward(
                 batch, self._attention, self._cos_sin, out=self._logits_of(batch)
             )
         with torch.inference_mode():
-            if self._graphs is not None and self._graphs.serves(batch):
+            is_decode = self.num_decodes(batch) >= 0 if self._is_alone else most_decodes > 0
+            if self._graphs is not None and is_decode:
                 with torch.cuda.device(self._device):
-                    return self._graphs.run(batch)
+                    return self._graphs.run(batch, most_decodes)
             if self._device.type != "cpu":
                 tensors = {f.name: getattr(batch, f.name).to(self._device) for f in fields(Batch)}
                 batch = Batch(**tensors)
@@ -138,6 +159,14 @@ class ModelRunner:
         return self._logits
 
     @torch.inference_mode()
-    def join(self) -> None:
-        """Take part in a pass of an expert-parallel group with no tokens of this rank's own."""
-        self._model.join()
+    def join(self, most_decodes: int = -1) -> None:
+        """Take part in a pass of an expert-parallel group with no tokens of this rank's own.
+
+        Args:
+            most_decodes: as `run` takes it.
+        """
+        if self._graphs is not None and most_decodes > 0:
+            with torch.cuda.device(self._device):
+                self._graphs.join(most_decodes)
+        else:
+            self._model.join()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -227,6 +229,27 @@ class Transport:
         device = self.native.cuda_device
         stream = 0 if device is None else torch.cuda.current_stream(device).cuda_stream
         self.native.synchronize(phase, stream)
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether layers over it can be captured in a CUDA graph, in fixed shapes."""
+        return self.native.can_capture
+
+    @contextmanager
+    def fixed_tokens(self, count: int) -> Iterator[None]:
+        """Give every layer within the context `fixed_tokens=count`, whatever it was made with.
+
+        For CUDA graphs of whole models, one for each number of tokens. Every rank enters and
+        leaves it between the same calls of layers.
+
+        Args:
+            count: at least the tokens of any rank.
+        """
+        self.native.fix_tokens(count)
+        try:
+            yield
+        finally:
+            self.native.fix_tokens(0)
 
     def measure(self) -> dict[str, float]:
         """Measure this link, which decides how layers with schedule="auto" work. Collective.

@@ -59,6 +59,11 @@ public:
     /// Measures the transport between all ranks and sets its figures; the others stay. Collective.
     void measure();
 
+    /// With F > 0, calls from now on are those of layers with fixed_tokens = F, whatever they were
+    /// made with; 0 ends that. Every rank must do so between the same calls. For graphs of passes
+    /// with different F. Throws InvalidArgument if F < 0.
+    void fix_tokens(int64_t tokens);
+
     /// How the last call's rows travelled, and why.
     const ScheduleChoice& last_choice() const { return choice_; }
 
@@ -73,12 +78,14 @@ public:
 
 private:
     struct State;
+    void run(const Call& call, Stream stream);
     void run_fixed(const Call& call, int64_t tokens_per_rank,
                    const std::vector<ExpertRange>& ranges, Stream stream);
 
     Transport& transport_;
     MachineFigures figures_;
     ScheduleChoice choice_;
+    int64_t fixed_tokens_ = 0;  ///< of all layers; 0: each has its own
     std::unique_ptr<State> state_;
 };
 

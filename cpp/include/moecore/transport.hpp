@@ -93,9 +93,16 @@ public:
     virtual Loans lend(const char* phase, std::span<const LentMemory> mine,
                        std::span<const int64_t> notes, Stream stream);
 
+    /// Whether what was lent once may be written to as long as it is there, if all ranks are
+    /// through with what it held.
+    virtual bool loans_last() const { return false; }
+
     /// Lets what is put on `stream` from now on see what every rank has written to lent memory
     /// before its own call of this.
     virtual void finish_writes(const char* phase, Stream stream);
+
+    /// Whether its calls on a stream can be captured in a CUDA graph, once they have been made.
+    virtual bool can_capture() const { return false; }
 
     /// Waits for `stream` until the deadline. Does nothing on the CPU.
     virtual void synchronize(const char* /*phase*/, Stream /*stream*/) {}

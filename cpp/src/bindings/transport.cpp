@@ -177,6 +177,10 @@ void bind_transport(py::module_& module) {
                                })
         .def_property_readonly("last_choice",
                                [](const PyTransport& t) { return t.ranks().last_choice().reason; })
+        .def_property_readonly("can_capture",
+                               [](const PyTransport& t) { return t.transport().can_capture(); })
+        .def("fix_tokens",
+             [](const PyTransport& t, int64_t tokens) { t.ranks().fix_tokens(tokens); })
         .def("start_trace", [](const PyTransport& t) { t.ranks().start_trace(); })
         .def("trace_events", [](const PyTransport& t) { return t.ranks().trace_events(); })
         .def("abort",

@@ -111,11 +111,17 @@ private:
             return TensorView(view.data, view.dtype, {ranks_, tokens_each_, view.shape[1]},
                               view.device);
         };
+        // Memory of a fixed shape never moves. What a rank shares and returns now, it writes after
+        // all have shared, or returned, what was before it: nobody reads that any more.
+        if (!shape_.places || shape_.fixed_tokens == 0 || !transport_.loans_last())
+            shape_.places =
+                lend_shared(transport_, "gather tokens",
+                            {of_ranks(t_.all_ids), of_ranks(t_.all_tokens)}, t_.back, stream_);
         // Slots of padding have the id -1, which no rank owns.
-        places_ = share_rows(transport_, "gather tokens",
-                             {SharedRows{call_.topk_ids, of_ranks(t_.all_ids), true},
-                              SharedRows{call_.hidden_states, of_ranks(t_.all_tokens), false}},
-                             t_.back, stream_);
+        share_rows(transport_,
+                   {SharedRows{call_.topk_ids, true}, SharedRows{call_.hidden_states, false}},
+                   *shape_.places, stream_);
+        transport_.finish_writes("gather tokens", stream_);
     }
 
     void gather_tokens() {
@@ -141,10 +147,11 @@ private:
         sort_by_expert(t_.all_ids, config.first_expert, t_.sorted_slots, t_.slot_to_row,
                        t_.expert_offsets, stream_);
         if (is_direct_) {
-            places_.slots = t_.sorted_slots.as<int32_t>();
-            places_.addresses = t_.addresses.as<int64_t>();
+            AddressSlotsArgs back = shape_.places->back;
+            back.slots = t_.sorted_slots.as<int32_t>();
+            back.addresses = t_.addresses.as<int64_t>();
             const cuda::DeviceScope scope(transport_.device().index);
-            cuda::address_slots(places_, stream_);
+            cuda::address_slots(back, stream_);
         }
         grouped_gemm(t_.all_tokens, weights.gate_up, weights.gate_up_bias, t_.expert_offsets,
                      t_.sorted_slots, config.routing.top_k, config.activation, t_.inner, stream_,
@@ -186,7 +193,6 @@ private:
     bool is_direct_;
     Stream stream_;
     Tensors t_;
-    AddressSlotsArgs places_{};
 };
 
 }  // namespace
@@ -223,7 +229,7 @@ std::unique_ptr<FixedShape> make_shape(const MoEConfig& config, int64_t fixed_to
     first.push_back(config.num_experts);
     const size_t bytes = first.size() * sizeof(int32_t);
     auto shape = std::make_unique<FixedShape>(
-        FixedShape{config, fixed_tokens, Buffer(device, bytes), Workspace(device, 0)});
+        FixedShape{config, fixed_tokens, Buffer(device, bytes), Workspace(device, 0), {}});
     if (device.type == DeviceType::kCuda) {
         const cuda::DeviceScope scope(device.index);
         cuda::PinnedBuffer staging;

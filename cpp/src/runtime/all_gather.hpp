@@ -1,9 +1,11 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "runtime/all_to_all.hpp"
+#include "runtime/lent_rows.hpp"
 
 namespace moecore {
 
@@ -14,6 +16,7 @@ struct FixedShape {
     int64_t fixed_tokens;  ///< F of every call, or 0: each call has its own, and may move memory
     Buffer first_experts;  ///< [2 + P + 1] int32: the two below
     Workspace workspace;
+    std::optional<SharedPlaces> places;  ///< of a call before, where ranks write to each other
 
     TensorView all_experts() const;  ///< [2] first expert and end of one rank with all
     TensorView owners() const;       ///< [P + 1] first expert of each rank, and the end

@@ -62,7 +62,23 @@ ExpertParallel::ExpertParallel(Transport& transport)
       state_(std::make_unique<State>(transport)) {}
 ExpertParallel::~ExpertParallel() = default;
 
+void ExpertParallel::fix_tokens(int64_t tokens) {
+    require(tokens >= 0, "ExpertParallel: fixed_tokens must be >= 0, got ", tokens);
+    fixed_tokens_ = tokens;
+}
+
 void ExpertParallel::forward(const Call& call, Stream stream) {
+    if (fixed_tokens_ == 0) return run(call, stream);
+    ExpertParallelConfig how = call.how;
+    how.schedule = Schedule::kAllGather;
+    how.combine = CombineMode::kExact;
+    how.fixed_tokens = fixed_tokens_;
+    run({call.config, call.weights, how, call.hidden_states, call.topk_ids, call.topk_weights,
+         call.output, call.run_shared},
+        stream);
+}
+
+void ExpertParallel::run(const Call& call, Stream stream) {
     const Device device = transport_.device();
     const CurrentDevice scope(device);
     State& state = *state_;

@@ -4,7 +4,6 @@
 
 #include "moecore/error.hpp"
 #include "moecore/kernels/memory.hpp"
-#include "moecore/kernels/share_rows.hpp"
 
 namespace moecore {
 namespace {
@@ -75,44 +74,46 @@ void lend_rows(Transport& transport, const std::array<CrossingRows, 2>& rows, St
         {address(transport, rows[0], loans, 0), address(transport, rows[1], loans, 1)}, stream);
 }
 
-AddressSlotsArgs share_rows(Transport& transport, const char* phase,
-                            const std::array<SharedRows, 2>& shared, const TensorView& back,
-                            Stream stream) {
+SharedPlaces lend_shared(Transport& transport, const char* phase,
+                         const std::array<TensorView, 2>& memory, const TensorView& back,
+                         Stream stream) {
     const auto ranks = static_cast<size_t>(transport.size());
     const auto me = static_cast<size_t>(transport.rank());
     constexpr size_t kLent = 3;
-    const LentMemory mine[kLent] = {memory_of(shared[0].memory), memory_of(shared[1].memory),
-                                    memory_of(back)};
+    const LentMemory mine[kLent] = {memory_of(memory[0]), memory_of(memory[1]), memory_of(back)};
     const Loans loans = transport.lend(phase, mine, {}, stream);
 
-    std::array<ShareRowsArgs, 2> args{};
+    SharedPlaces places{};
     for (size_t kind = 0; kind < 2; ++kind) {
-        const auto& [rows, memory, is_padded] = shared[kind];
-        ShareRowsArgs& one = args[kind];
-        const int64_t all_rows = memory.shape[1];
-        one.source = rows.data;
-        one.source_stride = bytes_of(rows, rows.strides[0]);
-        one.num_rows = rows.shape[0];
-        one.padded_rows = is_padded ? all_rows : rows.shape[0];
-        one.row_bytes = bytes_of(rows, rows.shape[1]);
+        ShareRowsArgs& one = places.rows[kind];
+        one.padded_rows = memory[kind].shape[1];
+        one.row_bytes = bytes_of(memory[kind], memory[kind].shape[2]);
         one.num_targets = static_cast<int>(ranks);
         // Every rank begins with its right neighbour, so that none has to take from all at once.
         for (size_t i = 0; i < ranks; ++i)
             one.targets[i] = address_of(loans.memory[(me + 1 + i) % ranks * kLent + kind]) +
-                             transport.rank() * all_rows * one.row_bytes;
+                             transport.rank() * one.padded_rows * one.row_bytes;
     }
-    {
-        const cuda::DeviceScope scope(transport.device().index);
-        cuda::share_rows(args, stream);
-    }
-    transport.finish_writes(phase, stream);
-
-    AddressSlotsArgs places{};
-    places.num_slots = static_cast<int64_t>(ranks) * back.shape[0];
-    places.slots_per_rank = back.shape[0];
-    places.row_bytes = bytes_of(back, back.shape[1]);
-    for (size_t r = 0; r < ranks; ++r) places.targets[r] = address_of(loans.memory[r * kLent + 2]);
+    places.back.num_slots = static_cast<int64_t>(ranks) * back.shape[0];
+    places.back.slots_per_rank = back.shape[0];
+    places.back.row_bytes = bytes_of(back, back.shape[1]);
+    for (size_t r = 0; r < ranks; ++r)
+        places.back.targets[r] = address_of(loans.memory[r * kLent + 2]);
     return places;
+}
+
+void share_rows(const Transport& transport, const std::array<SharedRows, 2>& rows,
+                const SharedPlaces& places, Stream stream) {
+    std::array<ShareRowsArgs, 2> args = places.rows;
+    for (size_t kind = 0; kind < 2; ++kind) {
+        const TensorView& mine = rows[kind].rows;
+        args[kind].source = mine.data;
+        args[kind].source_stride = bytes_of(mine, mine.strides[0]);
+        args[kind].num_rows = mine.shape[0];
+        if (!rows[kind].is_padded) args[kind].padded_rows = mine.shape[0];
+    }
+    const cuda::DeviceScope scope(transport.device().index);
+    cuda::share_rows(args, stream);
 }
 
 }  // namespace moecore

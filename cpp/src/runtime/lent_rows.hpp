@@ -4,6 +4,7 @@
 
 #include "moecore/dispatcher.hpp"
 #include "moecore/kernels/address_rows.hpp"
+#include "moecore/kernels/share_rows.hpp"
 
 namespace moecore {
 
@@ -25,21 +26,26 @@ bool can_lend_rows(const Transport& transport, int num_groups);
 /// TransportError if a rank does not expect what this one sends.
 void lend_rows(Transport& transport, const std::array<CrossingRows, 2>& rows, Stream stream);
 
-/// Rows that every rank gets of every other.
-struct SharedRows {
-    TensorView rows;    ///< [T, K] of this rank, T <= F
-    TensorView memory;  ///< [P, F, K], lent: where those of rank r become memory[r]
-    bool is_padded;     ///< rows T .. F - 1 become 0xff everywhere, or stay as they are
+/// Where this rank's rows go in the memory of all, and results in that of their owners.
+struct SharedPlaces {
+    std::array<ShareRowsArgs, 2> rows;  ///< whose targets are there; without rows
+    AddressSlotsArgs back;              ///< without slots
 };
 
-/// Lends the memory of both and `back` to every rank, writes this rank's rows to all, and returns
-/// when every rank's are in place for what `stream` gets next. Until the next finish_writes() it
-/// may write to the others' `back`. Collective.
-///
-/// back        [S, K], lent: a row for each slot of this rank
-/// Returns, for address_slots, where each rank's `back` is.
-AddressSlotsArgs share_rows(Transport& transport, const char* phase,
-                            const std::array<SharedRows, 2>& shared, const TensorView& back,
-                            Stream stream);
+/// Lends `memory`, [P, F, K] each, where the rows of rank r become [r], and `back`, a row for each
+/// slot of this rank. Until the second finish_writes() this rank may write there. Collective.
+SharedPlaces lend_shared(Transport& transport, const char* phase,
+                         const std::array<TensorView, 2>& memory, const TensorView& back,
+                         Stream stream);
+
+/// Rows that every rank gets.
+struct SharedRows {
+    TensorView rows;  ///< [T, K] of this rank, T <= F
+    bool is_padded;   ///< rows T .. F - 1 become 0xff everywhere, or stay as they are
+};
+
+/// Writes both to all ranks: they are there for what follows finish_writes().
+void share_rows(const Transport& transport, const std::array<SharedRows, 2>& rows,
+                const SharedPlaces& places, Stream stream);
 
 }  // namespace moecore

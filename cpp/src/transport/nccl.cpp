@@ -67,6 +67,8 @@ public:
     const char* kind() const override { return "nccl"; }
     Device device() const override { return device_; }
 
+    bool can_capture() const override { return true; }
+
     void all_gather(const char* phase, const void* mine, void* all, size_t bytes) override {
         if (hosts_ != nullptr) {
             hosts_->set_deadline(deadline());

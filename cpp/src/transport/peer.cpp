@@ -14,6 +14,7 @@
 #include "moecore/error.hpp"
 #include "moecore/kernels/memory.hpp"
 #include "transport/copy_lanes.hpp"
+#include "transport/gpu_meeting.hpp"
 #include "transport/peer_memory_cache.hpp"
 #include "transport/process.hpp"
 #include "transport/stream_wait.hpp"
@@ -48,7 +49,8 @@ bool is_same(const ProcessId& a, const ProcessId& b) {
     return a.id == b.id && a.start_time == b.start_time && a.id_namespace == b.id_namespace;
 }
 
-/// Events order copies and writes among streams; before somebody waits for one, the hosts have met.
+/// Ranks with a GPU each wait for each other there. Where some share one, events order what they
+/// do; before somebody waits for one, the hosts have met.
 class PeerTransport : public Transport {
 public:
     PeerTransport(PeerOptions options, const char* kind)
@@ -57,7 +59,11 @@ public:
           device_(options.device),
           memory_(static_cast<size_t>(hosts_->size())) {}
 
-    /// Learns where the others are, and opens their events. Collective.
+    ~PeerTransport() override {
+        if (meeting_) meeting_->end();
+    }
+
+    /// Learns where the others are, and how to meet them. Collective.
     void meet() {
         const cuda::DeviceScope scope(device_.index);
         Card mine{.process = ProcessId::current(), .bus_id = {}};
@@ -67,23 +73,12 @@ public:
         check_reach(cards);
         for (const Card& card : cards) is_here_.push_back(is_same(card.process, mine.process));
         all_are_here_ = std::find(is_here_.begin(), is_here_.end(), false) == is_here_.end();
-
-        const auto use = all_are_here_ ? cuda::Event::Use::kOrder : cuda::Event::Use::kShare;
         lanes_.emplace(device_.index);
-        SharedEvents mine_of{};
-        for (size_t i = 0; i < kNumEvents; ++i) {
-            events_.emplace_back(device_.index, use);
-            mine_of.here[i] = events_[i].handle();
-            if (!all_are_here_) mine_of.elsewhere[i] = cuda::export_event(events_[i]);
-        }
-        std::vector<SharedEvents> everyones(cards.size());
-        all_gather("connect", &mine_of, everyones.data(), sizeof mine_of);
-        for (size_t r = 0; r < cards.size(); ++r) {
-            auto& events = events_of_.emplace_back(everyones[r].here);
-            if (!is_here_[r])
-                for (size_t i = 0; i < kNumEvents; ++i)
-                    events[i] = opened(everyones[r].elsewhere[i]);
-        }
+        if (can_wait_on_gpus(cards))
+            meet_on_gpus();
+        else
+            share_events();
+        is_met_ = true;
     }
 
     int rank() const override { return hosts_->rank(); }
@@ -126,15 +121,17 @@ public:
     }
 
     bool can_lend() const override { return true; }
+    bool loans_last() const override { return true; }
+    bool can_capture() const override { return meeting_.has_value(); }
 
     Loans lend(const char* phase, std::span<const LentMemory> mine, std::span<const int64_t> notes,
                Stream stream) override {
-        if (events_of_.empty()) meet();
+        if (!is_met_) meet();
         const cuda::DeviceScope scope(device_.index);
         const size_t memory_bytes = mine.size() * sizeof(Lent), note_bytes = notes.size_bytes();
         const size_t entry = memory_bytes + note_bytes;
         mine_.resize(entry);
-        all_.resize(entry * events_of_.size());
+        all_.resize(entry * is_here_.size());
         for (size_t i = 0; i < mine.size(); ++i) {
             Lent lent{.memory = mine[i], .place = {}};
             if (mine[i].bytes > 0 && !all_are_here_) lent.place = cuda::export_memory(mine[i].data);
@@ -142,12 +139,15 @@ public:
         }
         if (!notes.empty()) std::memcpy(mine_.data() + memory_bytes, notes.data(), note_bytes);
 
-        events_[kReady].record(stream);
+        if (!meeting_) events_[kReady].record(stream);
         all_gather(phase, mine_.data(), all_.data(), entry);
-        wait_for_others(kReady, stream);
+        if (meeting_)
+            meet_on_gpu(phase, stream);
+        else
+            wait_for_others(kReady, stream);
         Loans loans;
-        loans.notes.resize(notes.size() * events_of_.size());
-        for (size_t r = 0; r < events_of_.size(); ++r) {
+        loans.notes.resize(notes.size() * is_here_.size());
+        for (size_t r = 0; r < is_here_.size(); ++r) {
             const char* one = all_.data() + r * entry;
             for (size_t i = 0; i < mine.size(); ++i) {
                 Lent lent;
@@ -164,6 +164,7 @@ public:
 
     void finish_writes(const char* phase, Stream stream) override {
         const cuda::DeviceScope scope(device_.index);
+        if (meeting_) return meet_on_gpu(phase, stream);
         is_even_ = !is_even_;
         const EventName done = is_even_ ? kDoneEven : kDoneOdd;
         events_[done].record(stream);
@@ -172,14 +173,103 @@ public:
     }
 
     void synchronize(const char* phase, Stream stream) override {
-        wait_for_stream(*this, device_, phase, stream, [&] { hosts_->check(phase); });
+        try {
+            wait_for_stream(*this, device_, phase, stream, [&] { check(phase); });
+            check_late(phase);
+        } catch (const TransportError& error) {
+            give_up(error);
+        }
     }
 
-    void check(const char* phase) override { hosts_->check(phase); }
-    void abort(const std::string& reason) noexcept override { hosts_->abort(reason); }
+    void check(const char* phase) override {
+        hosts_->check(phase);
+        check_late(phase);
+    }
+    void abort(const std::string& reason) noexcept override {
+        hosts_->abort(reason);
+        if (meeting_) meeting_->end();
+    }
 
 private:
-    void pass_on(const TransportError& error) override { hosts_->abort_because(error); }
+    void pass_on(const TransportError& error) override {
+        hosts_->abort_because(error);
+        if (meeting_) meeting_->end();
+    }
+
+    void meet_on_gpu(const char* phase, Stream stream) {
+        check_late(phase);  // and not the hosts: that takes longer than a layer's kernels
+        hosts_->note(phase);
+        meeting_->meet(deadline(), stream);
+    }
+
+    /// Throws if a rank did not come to a meeting on the GPUs.
+    void check_late(const char* phase) {
+        const int late = meeting_ ? meeting_->late_rank() : -1;
+        if (late >= 0)
+            throw TransportError(
+                late, phase,
+                concat("rank ", rank(), " waited on its GPU for rank ", late,
+                       " beyond the deadline of ", deadline(), " s, and noticed in phase '", phase,
+                       "'. Look for the rank that stopped; every rank needs a new transport."));
+    }
+
+    /// Lets the GPU's streams run on, and throws `error`, or who is to blame if the hosts know.
+    [[noreturn]] void give_up(const TransportError& error) {
+        if (!meeting_) throw error;
+        meeting_->end();
+        if (error.rank() < 0) {
+            hosts_->set_deadline(deadline());
+            hosts_->blame(error.phase().c_str());
+        }
+        hosts_->abort_because(error);
+        throw error;
+    }
+
+    void meet_on_gpus() {
+        meeting_.emplace(device_.index, rank(), size());
+        const cuda::ExportedMemory mine = meeting_->words();
+        std::vector<cuda::ExportedMemory> everyones(is_here_.size());
+        all_gather("connect", &mine, everyones.data(), sizeof mine);
+        try {
+            meeting_->connect(everyones);
+        } catch (const CudaError& error) {
+            throw UnsupportedError(concat(
+                "make_peer_transport: processes must be able to open each other's memory: ",
+                error.what(), "; use NCCL"));
+        }
+        hosts_->barrier("connect");  // all have opened what the first to leave would free
+    }
+
+    void share_events() {
+        const auto use = all_are_here_ ? cuda::Event::Use::kOrder : cuda::Event::Use::kShare;
+        SharedEvents mine_of{};
+        for (size_t i = 0; i < kNumEvents; ++i) {
+            events_.emplace_back(device_.index, use);
+            mine_of.here[i] = events_[i].handle();
+            if (!all_are_here_) mine_of.elsewhere[i] = cuda::export_event(events_[i]);
+        }
+        std::vector<SharedEvents> everyones(is_here_.size());
+        all_gather("connect", &mine_of, everyones.data(), sizeof mine_of);
+        for (size_t r = 0; r < is_here_.size(); ++r) {
+            auto& events = events_of_.emplace_back(everyones[r].here);
+            if (!is_here_[r])
+                for (size_t i = 0; i < kNumEvents; ++i)
+                    events[i] = opened(everyones[r].elsewhere[i]);
+        }
+    }
+
+    /// Whether a rank can wait for another within its stream. It keeps its GPU from a rank that
+    /// shares it; and of the threads of a process, one that waits for its GPU in a call to CUDA can
+    /// hold what another needs to come.
+    static bool can_wait_on_gpus(const std::vector<Card>& cards) {
+        if (cards.size() > SignalArgs::kMaxRanks) return false;
+        for (size_t a = 0; a < cards.size(); ++a)
+            for (size_t b = 0; b < a; ++b)
+                if (is_same(cards[a].process, cards[b].process) ||
+                    std::strncmp(cards[a].bus_id, cards[b].bus_id, sizeof cards[a].bus_id) == 0)
+                    return false;
+        return true;
+    }
 
     /// Throws on every rank if one's GPU does not reach another's memory.
     void check_reach(const std::vector<Card>& cards) {
@@ -241,6 +331,8 @@ private:
     std::vector<std::array<void*, kNumEvents>> events_of_;  ///< by rank
     bool is_even_ = false;
     std::deque<cuda::Event> opened_;
+    std::optional<GpuMeeting> meeting_;  ///< else events order what ranks do
+    bool is_met_ = false;
     std::optional<CopyLanes> lanes_;
     std::vector<CopyLanes::Copy> copies_;
     std::vector<PeerMemoryCache<>> memory_;  ///< of each rank in another process

@@ -171,13 +171,13 @@ class _Start:
         plan: dict[str, Any] = {"hosts": None, "unique_id": None}
         if are_on_one_machine(places):
             plan["hosts"] = f"{os.getpid()}-{secrets.token_hex(8)}"
-        is_one_machine = plan["hosts"] is not None
-        if assembly.device.type == "cuda" and wanted_transport(is_one_machine) == "nccl":
+        is_one_machine, size = plan["hosts"] is not None, self._wanted.size
+        if assembly.device.type == "cuda" and wanted_transport(is_one_machine, size) == "nccl":
             plan["unique_id"] = Transport.nccl_unique_id().hex()
         self._segment = segment_of(plan["hosts"])
         for other in self._group.ranks:
             self._group.send(other, "open", _MEETING, **plan, threads=shares[other])
-        size, patience = self._wanted.size, self._wanted.timeout
+        patience = self._wanted.timeout
         return Rank(assembly, open_transport(plan, 0, size, assembly.device, patience), shares[0])
 
     def _meet_threads(self, assembly: Assembly, transport: Transport, shares: list[int]) -> Rank:

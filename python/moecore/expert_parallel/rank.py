@@ -37,14 +37,22 @@ class GroupRunner:
         self.num_passes = 0
 
     def run(self, batch: Batch) -> Tensor:
-        logits = self._runner.run(batch)
+        logits = self._runner.run(batch, self._most_decodes(batch))
         self._end_pass()
         return logits
 
     def join(self) -> None:
         """Take part in a pass with no tokens of this rank's own."""
-        self._runner.join()
+        self._runner.join(self._most_decodes(None))
         self._end_pass()
+
+    def _most_decodes(self, batch: Batch | None) -> int:
+        """Decodes of any rank in this pass, or -1 if it is no graph's: the same on every rank."""
+        if not self._runner.has_graphs:
+            return -1
+        mine = 0 if batch is None else self._runner.num_decodes(batch)
+        everyones = self._transport.all_gather(torch.tensor([mine]), "agree on a pass")
+        return -1 if int(everyones.min()) < 0 else int(everyones.max())
 
     def _end_pass(self) -> None:
         # Whoever reads the logits would wait for a lost peer for ever; this wait has a deadline.
@@ -79,7 +87,7 @@ class Rank:
 
     def start(self, cache: CachePlan) -> Engine:
         """Make the engine, with the cache on which all ranks agree."""
-        self._runner = GroupRunner(self._assembly.runner(cache), self.transport)
+        self._runner = GroupRunner(self._assembly.runner(cache, self.transport), self.transport)
         self._engine = self._assembly.engine(self._runner)
         return self._engine
 
@@ -137,18 +145,29 @@ def device_of_rank(device: torch.device, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def wanted_transport(is_one_machine: bool) -> str:
-    """Return how GPUs meet: "nccl", or "peer" where MOECORE_TRANSPORT says so.
+def wanted_transport(is_one_machine: bool, size: int) -> str:
+    """Return how GPUs meet.
+
+    Returns:
+        What MOECORE_TRANSPORT says; else "peer" for ranks of one machine whose GPUs reach each
+        other's memory, and "nccl" for others.
 
     Raises:
         ValueError: it says anything else, or "peer" for ranks of several machines.
     """
-    wanted = os.environ.get("MOECORE_TRANSPORT") or "nccl"
-    if wanted not in ("nccl", "peer"):
-        raise ValueError(f"LLM: MOECORE_TRANSPORT must be nccl or peer, got {wanted!r}")
+    wanted = os.environ.get("MOECORE_TRANSPORT") or "auto"
+    if wanted not in ("auto", "nccl", "peer"):
+        raise ValueError(f"LLM: MOECORE_TRANSPORT must be auto, nccl or peer, got {wanted!r}")
     if wanted == "peer" and not is_one_machine:
         raise ValueError("LLM: MOECORE_TRANSPORT must be nccl between machines, got 'peer'")
+    if wanted == "auto":
+        wanted = "peer" if is_one_machine and _gpus_reach_each_other(size) else "nccl"
     return wanted
+
+
+def _gpus_reach_each_other(size: int) -> bool:
+    gpus = range(min(size, torch.cuda.device_count()))
+    return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
 
 
 def open_transport(

@@ -180,7 +180,6 @@ class CausalLM:
     ) -> None:
         place = Placement(device, dtype)
         self.config = config
-        self.is_distributed = transport is not None  # over several ranks
         self._names = names
         self._place = place
         # A tied embedding is read from the head's rows: one copy serves both.
