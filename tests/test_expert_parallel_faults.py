@@ -186,7 +186,7 @@ def test_an_error_on_rank_0_ends_the_others(started, monkeypatch):
 
 def test_a_pass_that_fails_on_rank_0_ends_the_others(started, monkeypatch):
     with make_llm() as llm:
-        monkeypatch.setattr(llm.engine._rank._runner._runner, "run", lambda batch: 1 / 0)
+        monkeypatch.setattr(llm.engine._rank._runner._runner, "run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generate(llm)
         with pytest.raises(RuntimeError, match="make a new LLM"):
@@ -240,12 +240,12 @@ def test_a_second_ctrl_c_does_not_wait_for_the_pass(started, monkeypatch):
     with make_llm() as llm:
         run = llm.engine._rank._runner._runner.run
 
-        def slow(batch):
+        def slow(*args):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
-            return run(batch)
+            return run(*args)
 
         monkeypatch.setattr(llm.engine._rank._runner._runner, "run", slow)
         with pytest.raises(KeyboardInterrupt):

@@ -67,25 +67,65 @@ void expect_same_bits(Transports transports, const EpSizes& sizes,
                concat("rank ", r, " of ", counts.size(), " has other bits"));
 }
 
+/// Threads, which write to each other's memory, and ranks that send and receive.
+const std::pair<const char*, Transports (*)(int)> kKinds[] = {
+    {"in process", [](int size) { return make_in_process_transports(size); }},
+    {"shm", [](int size) { return shm_transports(size); }},
+};
+
 void exact_has_the_bits_of_one_rank() {
     for (const DType dtype : {kF32, kBf16})
         for (const int64_t shared : {0, 12}) {
             const EpSizes sizes{.shared = shared, .dtype = dtype};
             expect_same_bits(loopback_transports(), sizes, {9}, {});
-            expect_same_bits(make_in_process_transports(2), sizes, {5, 3}, {});
-            expect_same_bits(make_in_process_transports(3), sizes, {4, 0, 17}, {});
-            expect_same_bits(make_in_process_transports(8), sizes, {1, 2, 3, 0, 5, 6, 7, 40}, {});
+            for (const auto& [name, make] : kKinds) {
+                expect_same_bits(make(2), sizes, {5, 3}, {});
+                expect_same_bits(make(3), sizes, {4, 0, 17}, {});
+                expect_same_bits(make(8), sizes, {1, 2, 3, 0, 5, 6, 7, 40}, {});
+            }
         }
 }
 
 void bits_do_not_depend_on_groups_or_schedule() {
-    for (const int groups : {1, 2, 3, 4, 7})
-        expect_same_bits(make_in_process_transports(3), {.shared = 12, .experts = 11}, {6, 0, 9},
-                         {.num_groups = groups});
-    for (const int64_t fixed : {0, 9, 16})
-        expect_same_bits(make_in_process_transports(3), {.shared = 12, .experts = 11}, {6, 0, 9},
-                         {.schedule = Schedule::kAllGather, .fixed_tokens = fixed});
-    expect_same_bits(make_in_process_transports(2), {}, {0, 0}, {.schedule = Schedule::kAllGather});
+    const EpSizes sizes{.shared = 12, .experts = 11};
+    for (const auto& [name, make] : kKinds) {
+        for (const int groups : {1, 2, 3, 4, 7, 64})
+            expect_same_bits(make(3), sizes, {6, 0, 9},
+                             {.schedule = Schedule::kAllToAll, .num_groups = groups});
+        for (const int64_t fixed : {0, 9, 16})
+            expect_same_bits(make(3), sizes, {6, 0, 9},
+                             {.schedule = Schedule::kAllGather, .fixed_tokens = fixed});
+        expect_same_bits(make(2), {}, {0, 0}, {.schedule = Schedule::kAllGather});
+    }
+}
+
+void tokens_can_be_fixed_for_all_layers() {
+    WholeLayer whole(EpSizes{.shared = 12});
+    for (const auto& [name, make] : kKinds) {
+        Transports transports = make(2);
+        std::vector<RankTokens> tokens;
+        std::vector<std::vector<unsigned char>> wanted;
+        for (uint32_t r = 0; r < 2; ++r) {
+            tokens.emplace_back(whole.sizes(), 5 + r, r, any_expert);
+            wanted.push_back(tokens.back().expected(whole));
+        }
+        run_all_ranks(2, [&](int rank) {
+            const auto r = static_cast<size_t>(rank);
+            Rank end(*transports[r]);
+            const ExpertParallelConfig how{.schedule = Schedule::kAllToAll, .num_groups = 2};
+            for (const int64_t fixed : {8, 16, 8, 0})
+                for (int repeat = 0; repeat < 3; ++repeat) {
+                    end.group.fix_tokens(fixed);
+                    tokens[r].output.fill(7.0);
+                    end.run(whole, how, tokens[r]);
+                    expect(tokens[r].output.bytes() == wanted[r], concat("F = ", fixed));
+                    const bool is_all_to_all =
+                        end.group.last_choice().schedule == Schedule::kAllToAll;
+                    expect(is_all_to_all == (fixed == 0), end.group.last_choice().reason);
+                }
+            expect_invalid([&] { end.group.fix_tokens(-1); }, "fixed_tokens must be >= 0, got -1");
+        });
+    }
 }
 
 void skewed_routes_have_the_same_bits() {
@@ -150,25 +190,27 @@ void a_thousand_random_layers_alone() { random_layers(loopback_transports(), 100
 void fast_is_close_to_exact() {
     const EpSizes sizes{.shared = 12, .top_k = 3, .dtype = kF32};
     WholeLayer whole(sizes);
-    Transports transports = make_in_process_transports(3);
-    std::vector<RankTokens> tokens;
-    std::vector<Array> wanted;
-    for (uint32_t r = 0; r < 3; ++r) {
-        tokens.emplace_back(sizes, r * 5, r, any_expert);
-        tokens.back().expected(whole);
-        wanted.push_back(tokens.back().output);
+    for (const auto& [name, make] : kKinds) {
+        Transports transports = make(3);
+        std::vector<RankTokens> tokens;
+        std::vector<Array> wanted;
+        for (uint32_t r = 0; r < 3; ++r) {
+            tokens.emplace_back(sizes, r * 5, r, any_expert);
+            tokens.back().expected(whole);
+            wanted.push_back(tokens.back().output);
+        }
+        run_all_ranks(3, [&](int rank) {
+            const auto r = static_cast<size_t>(rank);
+            Rank end(*transports[r]);
+            for (const int groups : {1, 3})
+                end.run(whole, {.combine = CombineMode::kFast, .num_groups = groups}, tokens[r]);
+        });
+        // Partial sums of at most four terms below 32, each rounded in another order.
+        for (size_t r = 0; r < 3; ++r)
+            for (int64_t i = 0; i < wanted[r].size(); ++i)
+                expect_close(tokens[r].output[i], wanted[r][i], 8 * 32 * kEps, kF32,
+                             concat("rank ", r));
     }
-    run_all_ranks(3, [&](int rank) {
-        const auto r = static_cast<size_t>(rank);
-        Rank end(*transports[r]);
-        for (const int groups : {1, 3})
-            end.run(whole, {.combine = CombineMode::kFast, .num_groups = groups}, tokens[r]);
-    });
-    // Partial sums of at most four terms below 32, each rounded in another order.
-    for (size_t r = 0; r < 3; ++r)
-        for (int64_t i = 0; i < wanted[r].size(); ++i)
-            expect_close(tokens[r].output[i], wanted[r][i], 8 * 32 * kEps, kF32,
-                         concat("rank ", r));
 }
 
 /// All ranks fail with `text`, blaming `culprit`; with another rank's sizes or mistakes.
@@ -224,21 +266,26 @@ void a_mistake_on_one_rank_ends_all() {
 
 void phases_are_traced() {
     WholeLayer whole(EpSizes{.shared = 12});
-    Transports transports = make_in_process_transports(2);
-    run_all_ranks(2, [&](int rank) {
-        Rank end(*transports[static_cast<size_t>(rank)]);
-        RankTokens tokens(whole.sizes(), 4, 1, any_expert);
-        end.group.measure();
-        end.group.start_trace();
-        end.run(whole, {.schedule = Schedule::kAllToAll, .num_groups = 2}, tokens);
-        int64_t spans = 0;
-        for (const PhaseTime& phase : end.group.phase_times()) spans += phase.count;
-        // plan, shared expert, combine; dispatch, experts and return of two groups.
-        expect(spans == 9, concat("spans: ", spans));
-        const std::string events = end.group.trace_events();
-        expect(events.find("\"name\":\"return 1\"") != std::string::npos, events);
-        expect(end.group.figures().link_gbps > 0.01, "a measured link");
-    });
+    for (const auto& [name, make] : kKinds) {
+        const bool sends = std::string(name) == "shm";
+        Transports transports = make(2);
+        run_all_ranks(2, [&](int rank) {
+            Rank end(*transports[static_cast<size_t>(rank)]);
+            RankTokens tokens(whole.sizes(), 4, 1, any_expert);
+            end.group.measure();
+            end.group.start_trace();
+            end.run(whole, {.schedule = Schedule::kAllToAll, .num_groups = 2}, tokens);
+            int64_t spans = 0;
+            for (const PhaseTime& phase : end.group.phase_times()) spans += phase.count;
+            // plan, shared expert, combine; experts of two groups; dispatch and return, of two
+            // groups where rows are sent.
+            expect(spans == (sends ? 9 : 7), concat("spans: ", spans));
+            const std::string events = end.group.trace_events();
+            const char* last = sends ? "\"name\":\"return 1\"" : "\"name\":\"return\"";
+            expect(events.find(last) != std::string::npos, events);
+            expect(end.group.figures().link_gbps > 0.01, "a measured link");
+        });
+    }
 }
 
 void arguments_are_checked() {
@@ -268,6 +315,7 @@ void arguments_are_checked() {
 void add_expert_parallel_tests(std::vector<Test>& tests) {
     tests.push_back({"exact has the bits of one rank", exact_has_the_bits_of_one_rank});
     tests.push_back({"bits and groups", bits_do_not_depend_on_groups_or_schedule});
+    tests.push_back({"tokens fixed for all layers", tokens_can_be_fixed_for_all_layers});
     tests.push_back({"skewed routes", skewed_routes_have_the_same_bits});
     tests.push_back({"1000 layers in process", a_thousand_random_layers_in_process});
     tests.push_back({"1000 layers over shm", a_thousand_random_layers_over_shared_memory});

@@ -283,6 +283,61 @@ void test_linear_is_grouped_gemm_of_one_group() {
             }
 }
 
+void test_gemm_writes_rows_to_addresses() {
+    constexpr int64_t kRows = 40, kN = 72, kK = 24, kGroups = 3;
+    for (const DType dtype : {kF32, kBf16})
+        for (const bool is_packed : {false, true})
+            for (const std::vector<int64_t>& offsets :
+                 {std::vector<int64_t>{0, 3, 3, 40}, std::vector<int64_t>{2, 2, 9, 10}}) {
+                Random random(8);
+                Array input = random.array(dtype, kRows * kK);
+                Array weights = random.array(dtype, kGroups * kN * kK);
+                Array bias = random.array(kF32, kGroups * kN);
+                Array ends(DType::kInt64, kGroups + 1);
+                for (size_t g = 0; g <= kGroups; ++g)
+                    ends.set(static_cast<int64_t>(g), static_cast<double>(offsets[g]));
+                PackedWeights packed(dtype, kGroups, kN, kK, false);
+                for (int64_t g = 0; g < kGroups; ++g) {
+                    char* matrix = static_cast<char*>(weights.data()) +
+                                   static_cast<size_t>(g * kN * kK) * size_of(dtype);
+                    packed.pack(g, TensorView(matrix, dtype, {kN, kK}));
+                }
+                const GroupedGemmWeights w =
+                    is_packed ? GroupedGemmWeights(packed)
+                              : GroupedGemmWeights(weights.view({kGroups, kN, kK}));
+                Array wanted(dtype, kRows * kN), got(dtype, kRows * kN);
+                wanted.fill(9.0);
+                got.fill(9.0);
+                grouped_gemm(input.view({kRows, kK}), w, bias.view({kGroups, kN}),
+                             ends.view({kGroups + 1}), {}, 1, {}, wanted.view({kRows, kN}));
+                // Row r goes to row 39 - r.
+                Array addresses(DType::kInt64, kRows);
+                const auto row_bytes = kN * static_cast<int64_t>(size_of(dtype));
+                for (int64_t r = 0; r < kRows; ++r)
+                    static_cast<int64_t*>(addresses.data())[r] =
+                        static_cast<int64_t>(reinterpret_cast<intptr_t>(got.data())) +
+                        (kRows - 1 - r) * row_bytes;
+                grouped_gemm_to_rows(input.view({kRows, kK}), w, bias.view({kGroups, kN}),
+                                     ends.view({kGroups + 1}), dtype, addresses.view({kRows}));
+                for (int64_t r = 0; r < kRows; ++r)
+                    for (int64_t c = 0; c < kN; ++c)
+                        expect(got[(kRows - 1 - r) * kN + c] == wanted[r * kN + c],
+                               concat("row ", r, " column ", c));
+            }
+    Array input(kF32, 8), weights(kF32, 8), ends = int_array(DType::kInt64, {0, 3});
+    Array addresses(DType::kInt64, 2);
+    const auto call = [&](const TensorView& rows, int64_t expected) {
+        grouped_gemm_to_rows(input.view({4, 2}), weights.view({1, 4, 2}), {}, ends.view({2}), kF32,
+                             rows, {}, {}, Settled::kNothing, expected);
+    };
+    expect_invalid([&] { call(addresses.view({2}), 0); },
+                   "grouped_gemm_to_rows: expert_offsets must end within the 2 rows of output");
+    expect_invalid([&] { call(addresses.view({2, 1}), 0); }, "row_addresses must have");
+    expect_invalid([&] { call(input.view({4}), 0); }, "row_addresses must be int64");
+    ends.set(1, 2);
+    expect_invalid([&] { call(addresses.view({2}), -1); }, "expected_rows must be >= 0, got -1");
+}
+
 }  // namespace
 
 void add_grouped_gemm_tests(std::vector<Test>& tests) {
@@ -295,6 +350,7 @@ void add_grouped_gemm_tests(std::vector<Test>& tests) {
          {"gemm_of_no_rows_writes_nothing", test_gemm_of_no_rows_writes_nothing},
          {"gemm_reads_any_stride_of_a_dimension_of_one",
           test_gemm_reads_any_stride_of_a_dimension_of_one},
+         {"gemm_writes_rows_to_addresses", test_gemm_writes_rows_to_addresses},
          {"linear_is_grouped_gemm_of_one_group", test_linear_is_grouped_gemm_of_one_group}});
 }
 

@@ -34,8 +34,10 @@ int main(int argc, char** argv) {
     test::add_dispatch_plan_tests(tests);
     test::add_embedding_tests(tests);
     test::add_expert_parallel_tests(tests);
+    test::add_ep_schedule_tests(tests);
     test::add_gather_rows_tests(tests);
     test::add_transport_tests(tests);
+    test::add_lent_memory_tests(tests);
     test::add_moe_layer_tests(tests);
     test::add_norm_and_rotate_tests(tests);
     test::add_paged_attention_tests(tests);

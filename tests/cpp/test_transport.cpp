@@ -4,13 +4,11 @@
 
 #include <atomic>
 #include <chrono>
-#include <set>
 
 #include "moecore/transport.hpp"
 #include "ranks.hpp"
 #include "test_main.hpp"
 #include "transport/call_watch.hpp"
-#include "transport/peer_memory_cache.hpp"
 
 namespace moecore::test {
 namespace {
@@ -298,56 +296,6 @@ void a_call_that_hangs_is_ended() {
     expect(is_ended, "a call beyond its limit is ended");
 }
 
-/// Memory of another process that cannot be opened twice, nor over what is open, as a driver has
-/// it.
-class FakeMemory {
-public:
-    explicit FakeMemory(const cuda::IpcHandle& name) : block_(name[0]) {
-        expect(open_blocks().insert(block_).second, "the block is not open already");
-        ++num_opened();
-    }
-    ~FakeMemory() { open_blocks().erase(block_); }
-    char* data() const { return bytes_; }
-
-    static std::set<char>& open_blocks() {
-        static std::set<char> blocks;
-        return blocks;
-    }
-    static int& num_opened() {
-        static int count = 0;
-        return count;
-    }
-
-private:
-    static inline char bytes_[16] = {};
-    char block_;
-};
-
-void memory_of_a_process_is_opened_once() {
-    constexpr uint64_t kBlock = 2 << 20;
-    // The name says which block, and which of its allocations.
-    const auto place = [](char block, char version, size_t offset) {
-        return cuda::ExportedMemory{.allocation = {block, version},
-                                    .offset = offset,
-                                    .start = static_cast<uint64_t>(block) * kBlock + 512 * version,
-                                    .bytes = 512};
-    };
-    int num_waits = 0;
-    PeerMemoryCache<FakeMemory> cache;
-    const auto find = [&](const cuda::ExportedMemory& p) {
-        return cache.find(p, [&] { ++num_waits; });
-    };
-    const char* first = find(place(1, 0, 3));
-    expect(find(place(1, 0, 5)) == first + 2, "the offset counts");
-    expect(FakeMemory::num_opened() == 1 && num_waits == 0, "what is open stays open");
-    find(place(1, 1, 0));  // freed, and something else lies there now
-    expect(FakeMemory::num_opened() == 2 && num_waits == 1,
-           "the old one goes when copies are done");
-    for (char block = 2; block < 20; ++block) find(place(block, 0, 0));
-    expect(FakeMemory::open_blocks().size() == 8, "the oldest goes");
-    expect(num_waits == 1 + 11, "after a wait");
-}
-
 }  // namespace
 
 void add_transport_tests(std::vector<Test>& tests) {
@@ -363,7 +311,6 @@ void add_transport_tests(std::vector<Test>& tests) {
     tests.push_back({"shm arguments are checked", shm_arguments_are_checked});
     tests.push_back({"a missing rank is named", a_missing_rank_is_named_when_connecting});
     tests.push_back({"a call that hangs is ended", a_call_that_hangs_is_ended});
-    tests.push_back({"memory is opened once", memory_of_a_process_is_opened_once});
     tests.push_back({"sizes must agree", ranks_of_different_sizes_do_not_meet});
 }
 

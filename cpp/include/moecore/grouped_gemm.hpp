@@ -83,11 +83,11 @@ void grouped_gemm(const TensorView& input, const GroupedGemmWeights& weights,
                   const TensorView& work_counters = {}, Settled settled = Settled::kNothing,
                   int64_t expected_rows = 0);
 
-/// The same without slots and activation on CUDA, but row r of the output, N elements of `dtype`,
-/// goes to row_addresses[r]: to memory of other ranks, or anywhere else that the device reaches.
+/// The same without slots and activation, but row r of the output, N elements of `dtype`, goes to
+/// row_addresses[r]: to memory of other ranks, or anywhere else that the device reaches.
 ///
-/// row_addresses  [R] int64, contiguous, multiples of 16; those of rows outside every group unread
-/// Throws UnsupportedError on the CPU, else as above.
+/// row_addresses  [R] int64, contiguous, multiples of 16 where N elements take one; those of rows
+///                outside every group are not read
 void grouped_gemm_to_rows(const TensorView& input, const GroupedGemmWeights& weights,
                           const TensorView& bias, const TensorView& expert_offsets, DType dtype,
                           const TensorView& row_addresses, Stream stream = {},

@@ -258,17 +258,28 @@ private:
 
     void store(int64_t first_row, int num_rows, int64_t panel, const float* sums,
                const float* bias) const {
-        const int64_t offset =
-            first_row * args_.output_stride + panel * layout_.outputs_per_panel();
-        table_.epilogue({.sums = sums,
-                         .bias = args_.bias ? bias : nullptr,
-                         .output = static_cast<char*>(args_.output) +
-                                   offset * static_cast<int64_t>(size_of(args_.output_dtype)),
-                         .output_stride = args_.output_stride,
-                         .num_rows = num_rows,
-                         .num_columns = layout_.columns_of(panel),
-                         .output_dtype = args_.output_dtype,
-                         .config = args_.config});
+        const auto element_bytes = static_cast<int64_t>(size_of(args_.output_dtype));
+        const int64_t column_bytes = panel * layout_.outputs_per_panel() * element_bytes;
+        EpilogueTile tile{.sums = sums,
+                          .bias = args_.bias ? bias : nullptr,
+                          .output = nullptr,
+                          .output_stride = args_.output_stride,
+                          .num_rows = num_rows,
+                          .num_columns = layout_.columns_of(panel),
+                          .output_dtype = args_.output_dtype,
+                          .config = args_.config};
+        if (args_.row_addresses == nullptr) {
+            tile.output = static_cast<char*>(args_.output) +
+                          first_row * args_.output_stride * element_bytes + column_bytes;
+            return table_.epilogue(tile);
+        }
+        tile.num_rows = 1;
+        for (int row = 0; row < num_rows; ++row) {
+            tile.output =
+                reinterpret_cast<char*>(args_.row_addresses[first_row + row] + column_bytes);
+            table_.epilogue(tile);
+            tile.sums += kPanelColumns;
+        }
     }
 
     const GroupedGemmArgs& args_;

@@ -216,8 +216,6 @@ void grouped_gemm_to_rows(const TensorView& input, const GroupedGemmWeights& wei
                           const TensorView& row_addresses, Stream stream,
                           const TensorView& work_counters, Settled settled, int64_t expected_rows) {
     const Check check("grouped_gemm_to_rows");
-    if (input.device.type == DeviceType::kCpu)
-        throw UnsupportedError("grouped_gemm_to_rows: input must be on a GPU, got one on the CPU");
     check.dtype("row_addresses", row_addresses, {DType::kInt64});
     check.shape("row_addresses", row_addresses, {Check::kAny});
     check.contiguous("row_addresses", row_addresses);
@@ -229,6 +227,8 @@ void grouped_gemm_to_rows(const TensorView& input, const GroupedGemmWeights& wei
     check_bias(check, bias, sizes, input, output, args);
     check_offsets(check, expert_offsets, sizes, output);
     check_counters(check, work_counters, output, args);
+    if (input.device.type == DeviceType::kCpu)
+        check_rows(check, expert_offsets, {}, 1, input.shape[0], row_addresses.shape[0]);
     args.expert_offsets = expert_offsets.as<int64_t>();
     args.num_rows = std::min(args.num_rows, input.shape[0]);
     args.expected_rows = expected_of(check, expected_rows, args.num_rows);

@@ -146,13 +146,7 @@ private:
             1, t_.sorted_slots.shape[0] * config.num_local_experts / config.num_experts);
         sort_by_expert(t_.all_ids, config.first_expert, t_.sorted_slots, t_.slot_to_row,
                        t_.expert_offsets, stream_);
-        if (is_direct_) {
-            AddressSlotsArgs back = shape_.places->back;
-            back.slots = t_.sorted_slots.as<int32_t>();
-            back.addresses = t_.addresses.as<int64_t>();
-            const cuda::DeviceScope scope(transport_.device().index);
-            cuda::address_slots(back, stream_);
-        }
+        if (is_direct_) address_results(*shape_.places, t_.sorted_slots, t_.addresses, stream_);
         grouped_gemm(t_.all_tokens, weights.gate_up, weights.gate_up_bias, t_.expert_offsets,
                      t_.sorted_slots, config.routing.top_k, config.activation, t_.inner, stream_,
                      counters, Settled::kNothing, expected);

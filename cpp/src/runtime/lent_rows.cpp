@@ -69,9 +69,17 @@ void lend_rows(Transport& transport, const std::array<CrossingRows, 2>& rows, St
         notes.insert(notes.end(), counts.begin(), counts.end());
     }
     const Loans loans = transport.lend(kPhase, mine, notes, stream);
-    const cuda::DeviceScope scope(transport.device().index);
-    cuda::address_rows(
-        {address(transport, rows[0], loans, 0), address(transport, rows[1], loans, 1)}, stream);
+    const std::array<AddressRowsArgs, 2> args = {address(transport, rows[0], loans, 0),
+                                                 address(transport, rows[1], loans, 1)};
+    switch (transport.device().type) {
+        case DeviceType::kCpu:
+            for (const AddressRowsArgs& one : args) cpu::address_rows(one);
+            return;
+        case DeviceType::kCuda: {
+            const cuda::DeviceScope scope(transport.device().index);
+            return cuda::address_rows(args, stream);
+        }
+    }
 }
 
 SharedPlaces lend_shared(Transport& transport, const char* phase,
@@ -112,8 +120,30 @@ void share_rows(const Transport& transport, const std::array<SharedRows, 2>& row
         args[kind].num_rows = mine.shape[0];
         if (!rows[kind].is_padded) args[kind].padded_rows = mine.shape[0];
     }
-    const cuda::DeviceScope scope(transport.device().index);
-    cuda::share_rows(args, stream);
+    switch (transport.device().type) {
+        case DeviceType::kCpu:
+            for (const ShareRowsArgs& one : args) cpu::share_rows(one);
+            return;
+        case DeviceType::kCuda: {
+            const cuda::DeviceScope scope(transport.device().index);
+            return cuda::share_rows(args, stream);
+        }
+    }
+}
+
+void address_results(const SharedPlaces& places, const TensorView& sorted_slots,
+                     const TensorView& addresses, Stream stream) {
+    AddressSlotsArgs args = places.back;
+    args.slots = sorted_slots.as<int32_t>();
+    args.addresses = addresses.as<int64_t>();
+    switch (addresses.device.type) {
+        case DeviceType::kCpu:
+            return cpu::address_slots(args);
+        case DeviceType::kCuda: {
+            const cuda::DeviceScope scope(addresses.device.index);
+            return cuda::address_slots(args, stream);
+        }
+    }
 }
 
 }  // namespace moecore

@@ -48,4 +48,9 @@ struct SharedRows {
 void share_rows(const Transport& transport, const std::array<SharedRows, 2>& rows,
                 const SharedPlaces& places, Stream stream);
 
+/// Where each row of the experts goes: addresses[r] for the slot sorted_slots[r] among those of all
+/// ranks. Both [P * S], int64 and int32; rows without a slot have no address.
+void address_results(const SharedPlaces& places, const TensorView& sorted_slots,
+                     const TensorView& addresses, Stream stream);
+
 }  // namespace moecore

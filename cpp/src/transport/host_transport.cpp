@@ -73,11 +73,12 @@ void post_abort(const Mailboxes& boxes, int culprit, const char* phase,
 }
 
 HostTransport::HostTransport(const char* kind, std::shared_ptr<void> memory, const Mailboxes& boxes,
-                             int rank)
+                             int rank, bool is_one_process)
     : kind_(kind),
       memory_(std::move(memory)),
       boxes_(boxes),
       rank_(rank),
+      is_one_process_(is_one_process),
       spins_(std::thread::hardware_concurrency() >= static_cast<unsigned>(boxes.size())
                  ? kSpins
                  : kSpinsOnSharedCores),
@@ -138,6 +139,28 @@ void HostTransport::all_to_all_v(const char* phase, const RowsToSend& send,
         target += in_bytes;
     }
     exchange(phase);
+}
+
+Loans HostTransport::lend(const char* phase, std::span<const LentMemory> mine,
+                          std::span<const int64_t> notes, Stream stream) {
+    if (!is_one_process_) return Transport::lend(phase, mine, notes, stream);
+    const size_t memory_bytes = mine.size_bytes(), bytes = memory_bytes + notes.size_bytes();
+    std::vector<char> own(bytes), all(bytes * static_cast<size_t>(size()));
+    std::memcpy(own.data(), mine.data(), memory_bytes);
+    if (!notes.empty()) std::memcpy(own.data() + memory_bytes, notes.data(), notes.size_bytes());
+    all_gather(phase, own.data(), all.data(), bytes);
+    Loans loans;
+    const auto ranks = static_cast<size_t>(size());
+    loans.memory.resize(ranks * mine.size());
+    loans.notes.resize(ranks * notes.size());
+    for (size_t r = 0; r < ranks; ++r) {
+        const char* one = all.data() + r * bytes;
+        std::memcpy(loans.memory.data() + r * mine.size(), one, memory_bytes);
+        if (!notes.empty())
+            std::memcpy(loans.notes.data() + r * notes.size(), one + memory_bytes,
+                        notes.size_bytes());
+    }
+    return loans;
 }
 
 void HostTransport::begin_call(const char* phase) {

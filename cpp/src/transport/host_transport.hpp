@@ -16,7 +16,8 @@ namespace moecore {
 class HostTransport : public Transport {
 public:
     /// `memory` owns what `boxes` describes.
-    HostTransport(const char* kind, std::shared_ptr<void> memory, const Mailboxes& boxes, int rank);
+    HostTransport(const char* kind, std::shared_ptr<void> memory, const Mailboxes& boxes, int rank,
+                  bool is_one_process);
     ~HostTransport() override;
 
     int rank() const override { return rank_; }
@@ -25,6 +26,12 @@ public:
     void all_gather(const char* phase, const void* mine, void* all, size_t bytes) override;
     void all_to_all_v(const char* phase, const RowsToSend& send, const RowsToReceive& recv,
                       size_t row_bytes, Stream stream) override;
+    /// Threads of a process reach each other's memory.
+    bool can_lend() const override { return is_one_process_; }
+    bool loans_last() const override { return is_one_process_; }
+    Loans lend(const char* phase, std::span<const LentMemory> mine, std::span<const int64_t> notes,
+               Stream stream) override;
+    void finish_writes(const char* phase, Stream) override { barrier(phase); }
     void check(const char* phase) override;
     void blame(const char* phase) override;
     void note(const char* phase) override;
@@ -52,6 +59,7 @@ private:
     std::shared_ptr<void> memory_;
     Mailboxes boxes_;
     int rank_;
+    bool is_one_process_;
     int spins_;
     uint64_t call_ = 0;
     std::vector<Outgoing> out_;

@@ -31,7 +31,7 @@ std::vector<std::unique_ptr<Transport>> make_in_process_transports(int size, Dev
         cell.process_start = self.start_time;
         cell.process_namespace = self.id_namespace;
         cell.process = self.id;
-        auto host = std::make_unique<HostTransport>("in_process", memory, boxes, r);
+        auto host = std::make_unique<HostTransport>("in_process", memory, boxes, r, true);
         if (device.type == DeviceType::kCuda)
             transports.push_back(make_unmet_peer_transport(
                 {.hosts = std::move(host), .device = device}, "in_process"));

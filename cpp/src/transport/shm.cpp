@@ -147,7 +147,7 @@ std::unique_ptr<Transport> make_shm_transport(const ShmOptions& options) {
     check_size(group, segment->data(), options);
     const Mailboxes boxes(segment->data(), options.size, group.ring_bytes.load());
     enter(boxes, options.rank);
-    auto transport = std::make_unique<HostTransport>("shm", segment, boxes, options.rank);
+    auto transport = std::make_unique<HostTransport>("shm", segment, boxes, options.rank, false);
     try {
         wait_for_all(boxes, options);
     } catch (const TransportError&) {

@@ -31,6 +31,10 @@ struct AddressSlotsArgs {
     int64_t targets[AddressRowsArgs::kMaxParts];  ///< address of each rank's first slot
 };
 
+namespace cpu {
+void address_rows(const AddressRowsArgs& args);
+void address_slots(const AddressSlotsArgs& args);
+}  // namespace cpu
 namespace cuda {
 /// Two kinds of rows, in one launch.
 void address_rows(const std::array<AddressRowsArgs, 2>& args, Stream stream);

@@ -29,7 +29,7 @@ struct GroupedGemmArgs {
     void* output;  ///< [R, N or N / 2] of `output_dtype`, out
     int64_t output_stride;
     const int64_t* row_addresses;  ///< [R] of each row of the output, instead of `output`; or
-                                   ///< nullptr; CUDA only, without activation
+                                   ///< nullptr; without activation
     int num_groups;
     int64_t n;
     int64_t k_dim;

@@ -20,6 +20,9 @@ struct ShareRowsArgs {
     int64_t targets[kMaxRanks];  ///< address of the first row of each
 };
 
+namespace cpu {
+void share_rows(const ShareRowsArgs& args);
+}
 namespace cuda {
 /// Two kinds of rows, in one launch.
 void share_rows(const std::array<ShareRowsArgs, 2>& args, Stream stream);
