@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 import moecore
 from moecore.checkpoint import Checkpoint
-from moecore.loading import Source, WeightSlot, load_weights
+from moecore.loading import Packing, Source, WeightSlot, load_weights
 
 READ_BYTES = 8 << 20
 SHAPES = {  # I, H of one expert
@@ -47,7 +47,11 @@ def write_experts(folder: Path, count: int, inner: int, hidden: int) -> None:
 
 
 def slots_of(
-    count: int, inner: int, hidden: int, load: Callable[[int], Callable[..., None]]
+    count: int,
+    inner: int,
+    hidden: int,
+    load: Callable[[int], Callable[..., None]],
+    packed: moecore.PackedWeights | None = None,
 ) -> list[WeightSlot]:
     return [
         WeightSlot(
@@ -58,6 +62,7 @@ def slots_of(
                 ),
             ),
             load(expert),
+            packing=None if packed is None else Packing(packed, expert),
         )
         for expert in range(count)
     ]
@@ -109,7 +114,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> None:
         )
 
     copy = slots_of(count, inner, hidden, copy_to)
-    pack = slots_of(count, inner, hidden, pack_to)
+    pack = slots_of(count, inner, hidden, pack_to, packed)
     steps = {
         "read": lambda: read_into(path, memory, args.threads),
         "copy": lambda: load(copy),

@@ -220,14 +220,16 @@ def test_a_mapping_ends_with_its_share_of_the_limit_or_one_slot(
     assert len(read) < len(slots)
 
 
-def test_memory_stays_at_the_weights_plus_a_tensor_and_200_mb(tmp_path):
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_memory_stays_at_the_weights_plus_a_tensor_and_200_mb(tmp_path, kind):
     """500 MB of experts and one tensor of 75 MB, in a process of its own: the high-water mark."""
     script = """
-        import sys, torch
+        import sys, torch, moecore
+        from dataclasses import replace
         from safetensors.torch import save_file
         from moecore.checkpoint import Checkpoint
-        from moecore.loading import Source, WeightSlot, load_weights
-        folder, write = sys.argv[1], sys.argv[2] == "write"
+        from moecore.loading import Packing, Source, WeightSlot, load_weights
+        folder, write, packs = sys.argv[1], sys.argv[2] == "write", sys.argv[3] == "packed"
         E, N, K, V = 80, 1024, 3072, 12288
         if write:
             for part in range(2):
@@ -249,14 +251,18 @@ def test_memory_stays_at_the_weights_plus_a_tensor_and_200_mb(tmp_path):
         slots = [WeightSlot(((Source(f"{i // (E // 2)}.experts", shape, i % (E // 2)),),),
                             experts[i].copy_) for i in range(E)]
         slots.append(WeightSlot(((Source("embed", (V, K)),),), embed.copy_))
+        packed = moecore.PackedWeights("bfloat16", E, N, K, False)
+        if packs:
+            slots[:E] = [replace(slots[i], packing=Packing(packed, i)) for i in range(E)]
         before = peak()
         load_weights(Checkpoint.open(folder), slots, dtype=torch.bfloat16, progress=False)
-        assert experts.sum(dim=(1, 2)).eq(N * K).all() and embed.min() == 1
+        assert packs or experts.sum(dim=(1, 2)).eq(N * K).all()
+        assert embed.min() == 1
         print(peak() - before - experts.nbytes - embed.nbytes, embed.nbytes)
     """
     for mode in ("write", "load"):
         result = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), mode],
+            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), mode, kind],
             capture_output=True,
             text=True,
             check=False,

@@ -6,12 +6,16 @@ import json
 import mmap
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moecore import _core
 from moecore.errors import FormatError
 from moecore.safetensors_header import TensorInfo, format_error, read_header, unique_keys
 
@@ -111,31 +115,81 @@ class Checkpoint:
         return self.reader().expert(name, index)
 
 
+class _Part(NamedTuple):
+    """A tensor, or one index of its first dimension."""
+
+    info: TensorInfo
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    nbytes: int
+
+
 class Reader:
-    """Views of a checkpoint's tensors on the CPU, over files that it keeps mapped. For one thread.
+    """A checkpoint's tensors on the CPU, as views of files that it keeps mapped. For one thread.
 
     A page is read when it is touched, and counts as memory of the process until the reader (or its
-    `with` block) and all of its views are gone.
+    `with` block) and all of its views are gone. The files of `pack` are open for as long.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._files: dict[str, mmap.mmap] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        self._files: dict[str, FileIO] = {}
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.clear()
+        self._maps.clear()
+        while self._files:
+            self._files.popitem()[1].close()
 
     def tensor(self, name: str) -> Tensor:
         """A view of the whole tensor."""
-        info = self._checkpoint.info(name)
-        return self._view(info, info.shape, info.offset, info.nbytes)
+        return self._view(self._part(name, None))
 
     def expert(self, name: str, index: int) -> Tensor:
         """A view of one index of the tensor's first dimension; no other byte is read."""
+        return self._view(self._part(name, index))
+
+    def pack(
+        self,
+        weights: _core.PackedWeights,
+        group: int,
+        matrices: Sequence[tuple[str, int | None]],
+    ) -> None:
+        """Read tensors of the weights' dtype, or an index of each, and pack their rows in turn.
+
+        Raises:
+            FormatError: the file has changed since its header was read.
+            OSError: the system could not read it.
+        """
+        parts = [self._part(name, index) for name, index in matrices]
+        files = []
+        for part in parts:
+            if str(DTYPES.get(part.info.dtype)) != f"torch.{weights.dtype}":
+                raise ValueError(
+                    f"Checkpoint: {part.info.name} must be {weights.dtype}, as the packed weights, "
+                    f"got {part.info.dtype}"
+                )
+            rows, k_dim = part.shape
+            files.append((self._file(part.info.file), part.offset, rows, k_dim))
+        try:
+            weights.pack_files(group, files)
+        except _core.FileReadError as error:
+            part = parts[error.matrix]
+            path = self._checkpoint.folder / part.info.file
+            place = f"{part.nbytes} bytes from {part.offset}"
+            if not error.error_number:
+                raise format_error(part.info.name, path, place, f"{error.found}") from None
+            what = f"{part.info.name}: expected {place}, found {error.found}"
+            reason = f"{os.strerror(error.error_number)} ({what})"
+            raise OSError(error.error_number, reason, str(path)) from None
+
+    def _part(self, name: str, index: int | None) -> _Part:
         info = self._checkpoint.info(name)
+        if index is None:
+            return _Part(info, info.shape, info.offset, info.nbytes)
         count = info.shape[0] if info.shape else 0
         if not 0 <= index < count:
             raise ValueError(
@@ -143,29 +197,44 @@ class Reader:
                 f"{list(info.shape)}, got {index}"
             )
         nbytes = info.nbytes // count
-        return self._view(info, info.shape[1:], info.offset + index * nbytes, nbytes)
+        return _Part(info, info.shape[1:], info.offset + index * nbytes, nbytes)
 
-    def _view(self, info: TensorInfo, shape: tuple[int, ...], offset: int, nbytes: int) -> Tensor:
+    def _view(self, part: _Part) -> Tensor:
+        info = part.info
         dtype = DTYPES.get(info.dtype)
         if dtype is None:
             expected = f"a dtype among {', '.join(DTYPES)}"
             raise format_error(info.name, info.file, expected, info.dtype)
-        if nbytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        count = nbytes // dtype.itemsize
+        if part.nbytes == 0:
+            return torch.empty(part.shape, dtype=dtype)
+        count = part.nbytes // dtype.itemsize
         memory = self._memory(info.file)
-        return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=part.offset).view(
+            part.shape
+        )
 
     def _memory(self, file: str) -> mmap.mmap:
-        if file not in self._files:
-            path = self._checkpoint.folder / file
-            with path.open("rb") as opened:
-                if _stamp(os.fstat(opened.fileno())) != self._checkpoint.stamps[file]:
-                    expected = "the file whose header was read"
-                    raise format_error("data", path, expected, "that it has changed since")
+        if file not in self._maps:
+            with self._open(file) as opened:
                 protection = mmap.PROT_READ | mmap.PROT_WRITE  # torch has no views of read-only
-                self._files[file] = mmap.mmap(opened.fileno(), 0, flags=_MAP, prot=protection)
-        return self._files[file]
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, flags=_MAP, prot=protection)
+        return self._maps[file]
+
+    def _file(self, file: str) -> int:
+        if file not in self._files:
+            self._files[file] = self._open(file)
+            # Twice the readahead: from a disk, several places of a file are read by turns.
+            os.posix_fadvise(self._files[file].fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._files[file].fileno()
+
+    def _open(self, file: str) -> FileIO:
+        path = self._checkpoint.folder / file
+        opened = FileIO(path)
+        if _stamp(os.fstat(opened.fileno())) != self._checkpoint.stamps[file]:
+            opened.close()
+            expected = "the file whose header was read"
+            raise format_error("data", path, expected, "that it has changed since")
+        return opened
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from moecore._core import PackedWeights
 from moecore.checkpoint import DTYPES, Checkpoint
 from moecore.errors import FormatError
 from moecore.safetensors_header import TensorInfo, format_error
@@ -30,19 +31,29 @@ class Source:
         return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
 
+class Packing(NamedTuple):
+    """A group of packed weights, whose rows are a slot's tensors one after the other."""
+
+    weights: PackedWeights
+    group: int
+
+
 @dataclass(frozen=True)
 class WeightSlot:
     """A place in the model, and where its weights are found.
 
     `load` is called once, with one tensor for each source of the first alternative whose names are
     all in the checkpoint. The tensors may be views of a mapped file: load copies, and keeps none of
-    them. Different slots may load at once, on different threads. A slot without `load` is another
-    rank's: its tensors must be there and fit, and are not read.
+    them. With `packing`, tensors that the checkpoint holds in the slot's dtype are packed straight
+    out of their files, and load is not called. Different slots may load at once, on different
+    threads. A slot without `load` is another rank's: its tensors must be there and fit, and are not
+    read.
     """
 
     alternatives: tuple[tuple[Source, ...], ...]
     load: Callable[..., object] | None
     dtype: torch.dtype | None = None  # of the tensors that load gets (default: load_weights' dtype)
+    packing: Packing | None = None  # what load does, if all it does is to pack
 
 
 class Job(NamedTuple):
@@ -52,6 +63,7 @@ class Job(NamedTuple):
     sources: tuple[Source, ...]
     dtype: torch.dtype  # of the tensors that load gets
     nbytes: int  # in the files
+    packing: Packing | None  # to be done instead of load
 
 
 def plan_load(
@@ -86,7 +98,7 @@ def plan_load(
     order = {name: position for position, name in enumerate(tensors)}
     chosen.sort(key=lambda choice: (order[choice[1][0].name], choice[1][0].expert or 0))
     return [
-        _job(tensors, slot.load, sources, slot.dtype or dtype)
+        _job(tensors, slot, slot.load, sources, slot.dtype or dtype)
         for slot, sources in chosen
         if slot.load is not None
     ]
@@ -94,15 +106,17 @@ def plan_load(
 
 def _job(
     tensors: Mapping[str, TensorInfo],
+    slot: WeightSlot,
     load: Callable[..., object],
     sources: tuple[Source, ...],
     dtype: torch.dtype,
 ) -> Job:
-    nbytes = 0
+    nbytes, as_stored = 0, True
     for source in sources:
         info = tensors[source.name]
+        as_stored = as_stored and DTYPES.get(info.dtype) == dtype
         nbytes += info.nbytes if source.expert is None else info.nbytes // info.shape[0]
-    return Job(load, sources, dtype, nbytes)
+    return Job(load, sources, dtype, nbytes, slot.packing if as_stored else None)
 
 
 def _missing(checkpoint: Checkpoint, slot: WeightSlot) -> Iterator[FormatError]:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from moecore import _core
 from moecore.checkpoint import Checkpoint
-from moecore.load_plan import Source, WeightSlot, plan_load
+from moecore.load_plan import Packing, Source, WeightSlot, plan_load
 from moecore.weight_stream import WeightStream
 
-__all__ = ["LoadReport", "Source", "WeightSlot", "dummy_weights", "load_weights"]
+__all__ = ["LoadReport", "Packing", "Source", "WeightSlot", "dummy_weights", "load_weights"]
 
 _DUMMY_STD = 0.02
 _DUMMY_VALUES = 4_194_301  # a prime: rows of no width repeat within it
@@ -46,7 +46,8 @@ def load_weights(
     every shape as the source says, every dtype one that can become the slot's (float64, float32,
     float16 and bfloat16 become one another; any other must be the same). The process then holds, on
     top of the final weights, at most 128 MB of mapped file or one slot's tensors, and for each
-    thread one slot's tensors in their new dtype, if that differs.
+    thread half a megabyte (or 64 rows) of what is packed, and one slot's tensors in their new
+    dtype, if that differs.
 
     Args:
         checkpoint: as `Checkpoint.open` gives it.

@@ -187,7 +187,7 @@ def prepare_weights(
     The packed form takes the bytes of the original (rounded up to panels of 64 features), in huge
     pages where the system grants them, and gives the same bits in every product. The original may
     be freed afterwards; a loader that never holds it whole can fill a PackedWeights expert by
-    expert with `pack` and `pack_gated`.
+    expert with `pack` and `pack_gated`, or out of files with `pack_files`.
 
     Args:
         weights: [G, N, K] float32 or bfloat16 on the CPU; N or K contiguous.

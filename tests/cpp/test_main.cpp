@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
     test::add_gemm_amx_tests(tests);
     test::add_gemm_config_tests(tests);
     test::add_grouped_gemm_argument_tests(tests);
+    test::add_packed_files_tests(tests);
     test::add_packed_weights_tests(tests);
     test::add_combine_tests(tests);
     test::add_decoder_layer_tests(tests);

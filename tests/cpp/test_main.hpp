@@ -37,6 +37,7 @@ void add_grouped_gemm_tests(std::vector<Test>& tests);
 void add_gemm_amx_tests(std::vector<Test>& tests);
 void add_gemm_config_tests(std::vector<Test>& tests);
 void add_grouped_gemm_argument_tests(std::vector<Test>& tests);
+void add_packed_files_tests(std::vector<Test>& tests);
 void add_packed_weights_tests(std::vector<Test>& tests);
 void add_combine_tests(std::vector<Test>& tests);
 void add_decoder_layer_tests(std::vector<Test>& tests);

@@ -1,11 +1,37 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
+#include <stdexcept>
 
 #include "moecore/buffer.hpp"
 #include "moecore/tensor_view.hpp"
 
 namespace moecore {
+
+/// A matrix in an open file: its rows one after the other, of the dtype that is packed.
+struct FileMatrix {
+    int descriptor;
+    int64_t offset;  ///< of its first byte, which may lie anywhere
+    int64_t num_rows;
+    int64_t k_dim;
+};
+
+/// A file ended within a matrix, or could not be read.
+class FileReadError : public std::runtime_error {
+public:
+    FileReadError(size_t matrix, int64_t found, int error_number);
+
+    size_t matrix() const { return matrix_; }           ///< which one of those given
+    int64_t found() const { return found_; }            ///< bytes of it before the end or the error
+    int error_number() const { return error_number_; }  ///< errno, or 0 at the end of the file
+
+private:
+    size_t matrix_;
+    int64_t found_;
+    int error_number_;
+};
 
 /// Expert weights in the order that the kernels of their device read best, made once at load.
 ///
@@ -14,7 +40,7 @@ namespace moecore {
 /// that the activation needs one panel only. The bits of a product do not depend on whether its
 /// weights are packed.
 ///
-/// Packing reads the source once, so a loader can pack each expert straight from a mapped file; the
+/// Packing reads the source once, so a loader can pack each expert straight out of its file; the
 /// packed form takes the bytes of the original (rounded up to whole panels). Large ones sit in huge
 /// pages where the kernel grants them. Reading is thread-safe; pack() of different groups too.
 class PackedWeights {
@@ -33,6 +59,11 @@ public:
     /// pass views with a doubled row stride.
     void pack_gated(int64_t group, const TensorView& gate, const TensorView& up);
 
+    /// Packs one group out of files: its rows are those of the matrices in turn; if gated, all
+    /// gates before all ups. Each thread reads a piece (512 KB, or a panel) and packs it out of its
+    /// cache, so nothing is mapped. Throws FileReadError; some of the group is then not packed.
+    void pack_files(int64_t group, std::span<const FileMatrix> matrices);
+
     DType dtype() const { return dtype_; }
     int64_t num_groups() const { return num_groups_; }
     int64_t n() const { return n_; }
@@ -44,6 +75,7 @@ public:
     int64_t group_stride() const { return group_stride_; }  ///< in elements
 
 private:
+    char* group_data(int64_t group);
     void pack_group(int64_t group, const TensorView& first, const TensorView& second);
 
     DType dtype_;

@@ -1,5 +1,10 @@
 #include "bindings/ops.hpp"
 
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
 #include "moecore/combine.hpp"
 #include "moecore/embedding.hpp"
 #include "moecore/error.hpp"
@@ -10,7 +15,26 @@ namespace py = pybind11;
 namespace moecore::bindings {
 namespace {
 
+/// FileReadError with its attributes; python/moecore/checkpoint.py adds tensor and file.
+void register_file_read_error(py::module_& module) {
+    static PyObject* type =
+        PyErr_NewException("moecore._core.FileReadError", PyExc_RuntimeError, nullptr);
+    module.attr("FileReadError") = py::handle(type);
+    py::register_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) std::rethrow_exception(pointer);
+        } catch (const FileReadError& error) {
+            const py::object value = py::handle(type)(error.what());
+            value.attr("matrix") = error.matrix();
+            value.attr("found") = error.found();
+            value.attr("error_number") = error.error_number();
+            PyErr_SetObject(type, value.ptr());
+        }
+    });
+}
+
 void bind_packed_weights(py::module_& module) {
+    register_file_read_error(module);
     py::class_<PackedWeights>(module, "PackedWeights",
                               "Expert weights in the order that the CPU kernels read best.")
         .def(py::init([](const std::string& dtype, int64_t num_groups, int64_t n, int64_t k_dim,
@@ -38,6 +62,18 @@ void bind_packed_weights(py::module_& module) {
             },
             py::arg("group"), py::arg("gate"), py::arg("up"),
             "Pack gate [n / 2, k_dim] and up [n / 2, k_dim] of one group.")
+        .def(
+            "pack_files",
+            [](PackedWeights& self, int64_t group,
+               const std::vector<std::tuple<int, int64_t, int64_t, int64_t>>& matrices) {
+                std::vector<FileMatrix> files;
+                for (const auto& [descriptor, offset, num_rows, k_dim] : matrices)
+                    files.push_back({descriptor, offset, num_rows, k_dim});
+                py::gil_scoped_release release;
+                self.pack_files(group, files);
+            },
+            py::arg("group"), py::arg("matrices"),
+            "Pack the rows of one group out of files: (descriptor, offset, rows, k_dim) in turn.")
         .def(
             "rows",
             [](const PackedWeights& self, py::handle ids, py::handle out) {

@@ -14,9 +14,10 @@
 
 namespace moecore::cpu {
 
-inline constexpr int kPanelColumns = 64;  ///< output features of a packed panel
-inline constexpr int kMaxTileRows = 6;    ///< rows one tile call handles
-inline constexpr int kPackBlockK = 32;    ///< of K, packed at a time where N is contiguous; even
+inline constexpr int kPanelColumns = 64;   ///< output features of a packed panel
+inline constexpr int kMaxTileRows = 6;     ///< rows one tile call handles
+inline constexpr int kPackBlockK = 32;     ///< of K, packed at a time where N is contiguous; even
+inline constexpr int kPackRunBytes = 256;  ///< of a row, packed at a time out of caches
 
 /// A product of up to kMaxTileRows rows with one panel.
 /// bfloat16 panel: [ceil(K / 2)][64][2], the last half pair zero for an odd K. float32: [K][64].
@@ -64,7 +65,8 @@ struct PackLanes {
                              ///< row's may be read too; else -1
     int64_t k_dim;
     void* panel;               ///< the panel's first k, at these columns
-    bool past_caches = false;  ///< the panel is read much later, if at all by this thread
+    bool past_caches = false;  ///< the panel is read much later, if at all by this thread: others
+                               ///< see it after flush_stores
 };
 
 /// Scores of up to kMaxTileRows rows with one block of 64 keys, on their way to weights
@@ -102,6 +104,7 @@ struct KernelTable {
     void (*epilogue)(const EpilogueTile& tile);
     void (*pack_bf16)(const PackLanes& lanes);
     void (*pack_f32)(const PackLanes& lanes);
+    void (*flush_stores)();
     void (*combine)(const CombineArgs& args, int64_t begin, int64_t end);
     void (*rms_norm)(const RmsNormArgs& args, int64_t begin, int64_t end);  ///< of T * n rows
     void (*rotary_embedding)(const RotaryEmbeddingArgs& args, int64_t begin, int64_t end);

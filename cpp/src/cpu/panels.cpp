@@ -35,9 +35,10 @@ void pack_panel(const KernelTable& table, const PanelLayout& layout, const Panel
     const int64_t element_bytes = static_cast<int64_t>(size_of(layout.dtype));
     const int64_t column_bytes = is_bf16 ? 2 * element_bytes : element_bytes;
     const auto pack = is_bf16 ? table.pack_bf16 : table.pack_f32;
-    // Where K is contiguous, a row is read to its end; else all columns of a few k, whose lines of
-    // memory the columns share.
-    const int64_t block = source.k_stride == 1 ? k_count : kPackBlockK;
+    // Where K is contiguous, memory likes a row to be read to its end. Elsewhere all columns of a
+    // few k, since the columns share the panel's lines, and where N is contiguous the source's too.
+    const int64_t run = source.is_in_caches ? kPackRunBytes / element_bytes : k_count;
+    const int64_t block = source.k_stride == 1 ? run : kPackBlockK;
     for (int64_t k = 0; k < k_count; k += block)
         for (int column = 0; column < kPanelColumns; column += kLaneColumns) {
             PackLanes lanes = lanes_of(layout, source, panel, column);
@@ -50,6 +51,7 @@ void pack_panel(const KernelTable& table, const PanelLayout& layout, const Panel
             lanes.past_caches = past_caches;
             pack(lanes);
         }
+    if (past_caches) table.flush_stores();
 }
 
 }  // namespace moecore::cpu

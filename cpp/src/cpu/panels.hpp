@@ -34,6 +34,7 @@ struct PanelSource {
     const void* second;  ///< up, or nullptr
     int64_t row_stride;  ///< elements between neighbouring features
     int64_t k_stride;
+    bool is_in_caches = false;  ///< as a buffer is that was just read into
 };
 
 /// Packs k_begin .. k_begin + k_count - 1 of one panel into `target`; around the caches if

@@ -70,15 +70,19 @@ void PackedWeights::pack_gated(int64_t group, const TensorView& gate, const Tens
     pack_group(group, gate, up);
 }
 
-void PackedWeights::pack_group(int64_t group, const TensorView& first, const TensorView& second) {
+char* PackedWeights::group_data(int64_t group) {
     kCheck.that(group >= 0 && group < num_groups_, "group must be in [0, ", num_groups_, "), got ",
                 group);
+    return static_cast<char*>(buffer_.data()) +
+           static_cast<size_t>(group * group_stride_) * size_of(dtype_);
+}
+
+void PackedWeights::pack_group(int64_t group, const TensorView& first, const TensorView& second) {
+    char* target = group_data(group);
     const cpu::PanelLayout layout{n_, k_dim_, gated_, dtype_};
     const cpu::PanelSource source{first.data, second.defined() ? second.data : nullptr,
                                   first.strides[0], first.strides[1]};
     const cpu::KernelTable& table = cpu::kernels();
-    char* target = static_cast<char*>(buffer_.data()) +
-                   static_cast<size_t>(group * group_stride_) * size_of(dtype_);
     const auto panel_bytes =
         static_cast<int64_t>(static_cast<size_t>(layout.panel_elements()) * size_of(dtype_));
     if (source.k_stride == 1) {

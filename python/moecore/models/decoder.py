@@ -7,8 +7,6 @@ attention keeps it too: the CPU's does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from moecore.attention import Attention, NativeAttention
 from moecore.batch import Batch, DecodeBatch
 from moecore.config import ModelConfig
 from moecore.loading import Source, WeightSlot
-from moecore.models.layers import MLP, Linear, Parameter, Placement, fill, one_matrix
+from moecore.models.layers import MLP, Linear, Parameter, Placement, fill_slot, one_matrix
 from moecore.models.moe import MoE
 from moecore.models.names import CheckpointNames
 from moecore.ops import PackedWeights
@@ -200,13 +198,12 @@ class CausalLM:
         shape = (self.config.vocab_size, self.config.hidden_size)
         embedding = ((Source("model.embed_tokens.weight", shape),),)
         head = ((Source("lm_head.weight", shape),),)
-        load_head: Callable[..., None] = lambda weight: fill(self._head, 0, (weight,))  # noqa: E731
         if self.config.tie_word_embeddings:
             # Some writers store the tied head too, some only that.
-            slots = [WeightSlot(embedding + head, load_head)]
+            slots = [fill_slot(embedding + head, self._head, 0)]
         else:
             assert isinstance(self._embedding, Tensor)
-            slots = [WeightSlot(embedding, self._embedding.copy_), WeightSlot(head, load_head)]
+            slots = [WeightSlot(embedding, self._embedding.copy_), fill_slot(head, self._head, 0)]
         for layer in self._layers:
             slots += layer.slots()
         return slots + self._norm.slots()

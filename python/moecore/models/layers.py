@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moecore.loading import Source, WeightSlot
+from moecore.loading import Packing, Source, WeightSlot
 from moecore.ops import PackedWeights
 
 
@@ -56,6 +56,14 @@ def fill(target: Tensor | PackedWeights, group: int, parts: Sequence[Tensor]) ->
         row += part.shape[0]
 
 
+def fill_slot(
+    alternatives: tuple[tuple[Source, ...], ...], target: Tensor | PackedWeights, group: int
+) -> WeightSlot:
+    """The slot of one matrix of `target`, as `fill` takes it."""
+    packing = Packing(target, group) if isinstance(target, PackedWeights) else None
+    return WeightSlot(alternatives, lambda *parts: fill(target, group, parts), packing=packing)
+
+
 class Parameter:
     """One tensor taken as it is."""
 
@@ -92,7 +100,7 @@ class Linear:
             Source(f"{name}.weight", (rows, self._in_features))
             for name, rows in self._parts.items()
         )
-        slots = [WeightSlot((weights,), lambda *parts: fill(self.weight, 0, parts))]
+        slots = [fill_slot((weights,), self.weight, 0)]
         if self.bias is not None:
             biases = tuple(Source(f"{name}.bias", (rows,)) for name, rows in self._parts.items())
             slots.append(WeightSlot((biases,), self._load_bias))

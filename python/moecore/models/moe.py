@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from moecore.config import MoEConfig
 from moecore.loading import Source, WeightSlot
-from moecore.models.layers import MLP, Placement, fill, one_matrix
+from moecore.models.layers import MLP, Placement, fill_slot, one_matrix
 from moecore.models.names import CheckpointNames
 from moecore.moe_layer import MoELayer
 from moecore.transport import Transport, expert_range
@@ -61,12 +59,8 @@ class MoE:
     def slots(self) -> list[WeightSlot]:
         names, hidden = self._names, self._hidden_size
         experts = self._moe.num_experts
-        slots = [
-            WeightSlot(
-                self._alternatives((names.router, (experts, hidden))),
-                lambda weight: fill(self._router, 0, (weight,)),
-            )
-        ]
+        router = self._alternatives((names.router, (experts, hidden)))
+        slots = [fill_slot(router, self._router, 0)]
         for expert in range(experts):
             slots += self._expert_slots(expert)
         if self._shared is not None:
@@ -80,13 +74,6 @@ class MoE:
         names, hidden, inner = self._names, self._hidden_size, self._moe.intermediate_size
         experts = self._moe.num_experts
         index = expert - self._local_experts.start
-
-        def load_gate_up(*parts: Tensor) -> None:
-            fill(self._gate_up, index, parts)
-
-        def load_down(*parts: Tensor) -> None:
-            fill(self._down, index, parts)
-
         gate_up = self._alternatives(
             (names.expert_gate.format(e=expert), (inner, hidden)),
             (names.expert_up.format(e=expert), (inner, hidden)),
@@ -96,7 +83,7 @@ class MoE:
         ) + self._fused(names.fused_down, (experts, hidden, inner), expert)
         if expert not in self._local_experts:
             return [WeightSlot(gate_up, None), WeightSlot(down, None)]
-        return [WeightSlot(gate_up, load_gate_up), WeightSlot(down, load_down)]
+        return [fill_slot(gate_up, self._gate_up, index), fill_slot(down, self._down, index)]
 
     def _alternatives(self, *parts: tuple[str, tuple[int, ...]]) -> Alternatives:
         """The same tensors under each of the prefixes that checkpoints use."""

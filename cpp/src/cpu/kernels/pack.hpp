@@ -98,7 +98,6 @@ int64_t pack_transposed(const PackLanes& lanes, const Element* source, Element* 
                         lanes.row_stride * static_cast<int64_t>(sizeof(Element)), lanes.num_rows,
                         reinterpret_cast<char*>(panel + k * kPanelColumns), kLineBytes,
                         lanes.past_caches);
-    if (lanes.past_caches) flush_stores();
     return k;
 }
 

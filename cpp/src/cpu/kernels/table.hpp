@@ -34,6 +34,7 @@ inline KernelTable table_of(const char* name) {
         .epilogue = store_tile,
         .pack_bf16 = pack_lanes_bf16,
         .pack_f32 = pack_lanes_f32,
+        .flush_stores = flush_stores,
         .combine = combine_tokens,
         .rms_norm = rms_norm_rows,
         .rotary_embedding = rotate_tokens,
