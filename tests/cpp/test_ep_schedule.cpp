@@ -113,6 +113,19 @@ void direct_writes_hide_the_return() {
     load.total_tokens = 2 * 4096;
     expect(choose_schedule(load, gpu).schedule == Schedule::kAllGather,
            "nearly every token goes to both ranks, and no host waits");
+    load.max_tokens = 16384;
+    load.total_tokens = 2 * 16384;
+    const ScheduleChoice large = choose_schedule(load, gpu);
+    expect(large.schedule == Schedule::kAllToAll, large.reason);
+    // Tokens of both ranks, room for all their slots, and a result for each of this rank's.
+    const double scratch = 2.0 * (2 * 16384 * 7168.0 + 2 * 131072 * 2048.0 + 131072 * 7168.0);
+    const std::string left_out =
+        concat("all-gather left out: it needs ", std::round(scratch * 1e-8) / 10, " GB of scratch");
+    expect(large.reason.find(left_out) != std::string::npos, large.reason);
+    expect(choose_schedule(load, gpu, Schedule::kAllGather).schedule == Schedule::kAllGather,
+           "who asks for it gets it");
+    load.max_tokens = 4096;
+    load.total_tokens = 2 * 4096;
     load.returns_sums = true;
     const ScheduleChoice sums = choose_schedule(load, gpu, Schedule::kAllToAll, 1);
     expect(sums.predicted_us > 60 + 4096 * 2 * (1 - std::pow(0.5, 8)) * row_us + experts_us,

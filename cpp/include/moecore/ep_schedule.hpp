@@ -55,6 +55,7 @@ struct ScheduleChoice {
 /// The cheapest of kAllGather and kAllToAll with 1, 2 or 4 groups (1 if ranks write to each other's
 /// memory), by counting bytes, flops and collectives under balanced routing. A pure function: ranks
 /// with equal arguments agree. `schedule` and `num_groups` other than kAuto and 0 leave no choice.
+/// An all-gather that needs more than 2 GB of scratch memory is not chosen unasked.
 ScheduleChoice choose_schedule(const LayerLoad& load, const MachineFigures& figures,
                                Schedule schedule = Schedule::kAuto, int num_groups = 0);
 

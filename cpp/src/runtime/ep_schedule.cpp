@@ -16,6 +16,8 @@ struct Costs {
     bool writes_directly = false;  ///< results leave under the computation itself
 };
 
+constexpr double kMostScratch = 2e9;  ///< bytes that an all-gather may take unasked
+
 double us_of_bytes(double bytes, double gbps) { return bytes / (gbps * 1e3); }
 
 double rounded(double us) { return std::round(us * 10.0) / 10.0; }
@@ -81,6 +83,19 @@ double all_gather_us(const Costs& costs, const MachineFigures& figures) {
     return 3.0 * figures.link_latency_us + costs.dispatch + costs.compute + costs.back;
 }
 
+/// Bytes of scratch memory of an all-gather, which has room for every slot of every rank.
+double gather_scratch(const LayerLoad& load) {
+    const auto tokens = static_cast<double>(load.max_tokens);
+    const auto hidden = static_cast<double>(load.hidden_size);
+    const double all_slots = tokens * load.top_k * load.num_ranks;
+    const double slots_there_and_back =
+        load.writes_directly ? tokens * load.top_k : 3.0 * all_slots;
+    return static_cast<double>(load.element_bytes) *
+           (tokens * load.num_ranks * hidden +
+            all_slots * static_cast<double>(load.intermediate_size) +
+            slots_there_and_back * hidden);
+}
+
 std::string groups_text(int num_groups) {
     return concat(num_groups, num_groups == 1 ? " group" : " groups");
 }
@@ -125,7 +140,12 @@ ScheduleChoice choose_schedule(const LayerLoad& load, const MachineFigures& figu
                 const int wanted = num_groups == 0 ? groups : num_groups;
                 consider(Schedule::kAllToAll, wanted, all_to_all_us(costs, figures, wanted));
             }
-    if (schedule != Schedule::kAllToAll)
+    const double scratch = gather_scratch(load);
+    const bool is_too_large = schedule == Schedule::kAuto && scratch > kMostScratch;
+    if (is_too_large)
+        compared += concat(", all-gather left out: it needs ", rounded(scratch * 1e-9),
+                           " GB of scratch memory");
+    if (schedule != Schedule::kAllToAll && !is_too_large)
         consider(Schedule::kAllGather, 1, all_gather_us(all_gather_costs(load, figures), figures));
     best.reason = concat(best.schedule == Schedule::kAllGather
                              ? std::string("all-gather")
