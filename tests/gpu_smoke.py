@@ -4,6 +4,7 @@ With the argument grouped_gemm, the grouped GEMM alone, whose kernel MOECORE_CUD
 """
 
 import sys
+import uuid
 
 import torch
 
@@ -50,6 +51,7 @@ def run_all() -> None:
         run_decoder_ops(dtype)
     run_grouped_gemm()
     run_tensor_core_layer()
+    run_rank()
     run_model()
     run_attention()
 
@@ -101,6 +103,35 @@ def run_batches(inner: int, batches: tuple[int, ...]) -> None:
         logits = torch.randn(num_tokens, experts).cuda()
         logits[:, 3] = -1e9
         assert layer(x, logits).isfinite().all()
+
+
+def run_rank() -> None:
+    """One rank over peer memory: what it writes to others goes to itself.
+
+    Ranks that wait for each other would wait for ever: the sanitizer runs one kernel at a time.
+    """
+    hosts = moecore.Transport.shm(f"smoke-{uuid.uuid4().hex}", 0, 1)
+    transport = moecore.Transport.peer(hosts, device="cuda:0")
+    experts = 8
+    for hidden, inner in ((136, 72), (70, 45)):
+        generator = torch.Generator().manual_seed(0)
+        gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator).bfloat16().cuda()
+        down = torch.randn(experts, hidden, inner, generator=generator).bfloat16().cuda()
+        routing = ops.RoutingConfig(top_k=3)
+        alone = moecore.MoELayer(gate_up, down, routing)
+        for how in (
+            {"schedule": "all_to_all", "num_groups": 2},
+            {"combine": "fast"},
+            {"schedule": "all_gather"},
+            {"schedule": "all_gather", "fixed_tokens": 80},
+        ):
+            layer = moecore.MoELayer(gate_up, down, routing, transport=transport, **how)
+            for count in (0, 77):
+                x = torch.randn(count, hidden, generator=generator).bfloat16().cuda()
+                logits = torch.randn(count, experts, generator=generator).cuda()
+                got = layer(x, logits)
+                transport.synchronize("a layer")
+                assert "combine" in how or torch.equal(got, alone(x, logits))
 
 
 def run_model() -> None:

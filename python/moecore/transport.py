@@ -151,10 +151,11 @@ class Transport:
         device: torch.device | str | None = None,
         deadline: float = 30.0,
     ) -> Transport:
-        """Join a group of GPUs of one machine that copy out of each other's memory.
+        """Join a group of GPUs of one machine that write to each other's memory.
 
-        Copies take the GPUs' copy engines: no multiprocessor, and no call that NCCL has to prepare.
-        Its calls cannot be captured in a CUDA graph. Returns when every rank is there.
+        Layers write tokens and results straight to where they belong. Ranks that are processes with
+        a GPU each wait for each other on their GPUs, and their layers can be captured in CUDA
+        graphs (`can_capture`). Returns when every rank is there.
 
         Args:
             hosts: an `shm` or `in_process` transport on the CPU of the same ranks, which this one

@@ -1,7 +1,6 @@
-// Ranks on GPUs of one host that reach each other's memory, and virtual ranks on one GPU. A rank
-// copies what the others have for it straight out of their memory, by the GPU's copy engines: no
-// multiprocessor is taken from the GEMMs, and nothing but the hosts' meetings comes before the
-// first byte.
+// Ranks on GPUs of one host that reach each other's memory, and virtual ranks on one GPU. Kernels
+// write rows to what others have lent; what only moves is copied out of the others' memory, by the
+// GPU's copy engines.
 
 #include "transport/peer.hpp"
 

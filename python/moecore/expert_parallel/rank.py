@@ -177,7 +177,7 @@ def open_transport(
 
     Args:
         plan: "hosts" names a transport through shared memory, or is None between machines;
-            "unique_id" names one through NCCL, or is None on the CPU and for peer copies.
+            "unique_id" names one through NCCL, or is None on the CPU and for peer memory.
         rank: this one.
         size: of the group.
         device: of this rank.
