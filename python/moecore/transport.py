@@ -233,7 +233,10 @@ class Transport:
 
     @property
     def can_capture(self) -> bool:
-        """Whether layers over it can be captured in a CUDA graph, in fixed shapes."""
+        """Whether layers over it can be captured in a CUDA graph, in fixed shapes.
+
+        A wait keeps the deadline that it was captured with.
+        """
         return self.native.can_capture
 
     @contextmanager

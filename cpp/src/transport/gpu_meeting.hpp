@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <deque>
@@ -40,7 +41,8 @@ public:
     /// What `stream` gets next sees all that every rank has written before its own call of this.
     /// The wait ends after `limit` seconds.
     void meet(double limit, Stream stream) {
-        args_.limit_ns = static_cast<uint64_t>(limit * 1e9);
+        constexpr double kLongest = 1e9;  // seconds; more would not fit
+        args_.limit_ns = static_cast<uint64_t>(std::min(limit, kLongest) * 1e9);
         cuda::meet(args_, stream);
     }
 

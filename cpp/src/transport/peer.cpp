@@ -215,12 +215,17 @@ private:
     /// Lets the GPU's streams run on, and throws `error`, or who is to blame if the hosts know.
     [[noreturn]] void give_up(const TransportError& error) {
         if (!meeting_) throw error;
-        meeting_->end();
-        if (error.rank() < 0) {
-            hosts_->set_deadline(deadline());
-            hosts_->blame(error.phase().c_str());
+        try {
+            if (error.rank() < 0) {
+                hosts_->set_deadline(deadline());
+                hosts_->blame(error.phase().c_str());
+            }
+        } catch (const TransportError&) {
+            meeting_->end();
+            throw;
         }
         hosts_->abort_because(error);
+        meeting_->end();
         throw error;
     }
 
@@ -232,9 +237,9 @@ private:
         try {
             meeting_->connect(everyones);
         } catch (const CudaError& error) {
-            throw UnsupportedError(concat(
-                "make_peer_transport: processes must be able to open each other's memory: ",
-                error.what(), "; use NCCL"));
+            throw UnsupportedError(
+                concat("make_peer_transport: processes must be able to open each other's memory: ",
+                       error.what(), "; use NCCL"));
         }
         hosts_->barrier("connect");  // all have opened what the first to leave would free
     }

@@ -12,11 +12,12 @@ struct MeetingState {
     int32_t late;      ///< 1 + the rank that did not come in time, 0 for none
 };
 
-/// What a rank needs to meet the others. A word a rank, and one that counts its own meetings.
+/// What a rank needs to meet the others: a word a rank, one that counts its own meetings, and one
+/// that says whether one of them has failed.
 struct SignalArgs {
     static constexpr int kMaxRanks = 64;
 
-    uint32_t* words;              ///< [kMaxRanks + 1] of this rank's GPU, zero at first
+    uint32_t* words;              ///< [kMaxRanks + 2] of this rank's GPU, zero at first
     uint32_t* theirs[kMaxRanks];  ///< those of each rank
     int rank, num_ranks;
     uint64_t limit_ns;  ///< of the wait
