@@ -1,10 +1,10 @@
 """Ranks over NCCL or peer memory: run by hand, `python tests/gpu_nccl.py [--transport peer]`.
 
-A GPU for each rank where there are several. On one GPU peer memory works all the same, and NCCL with
-NCCL_MULTI_RANK_GPU_ENABLE=1 from 2.30 on (MOECORE_NCCL names its file), 2 and 4 ranks. Ranks are
-processes. Compares bits as gpu_expert_parallel.py does; then ranks fail in turn, the others must
-report them by name in time, free their memory, and go on in a new group. Ranks with a GPU each are
-threads, too: on one GPU they might wait for ever: memory that one frees waits for the other's
+A GPU for each rank where there are several. On one GPU peer memory works all the same, and NCCL
+with NCCL_MULTI_RANK_GPU_ENABLE=1 from 2.30 on (MOECORE_NCCL names its file), 2 and 4 ranks. Ranks
+are processes. Compares bits as gpu_expert_parallel.py does; then ranks fail in turn, the others
+must report them by name in time, free their memory, and go on in a new group. Ranks with a GPU each
+are threads, too: on one GPU they might wait for ever: memory that one frees waits for the other's
 kernels.
 """
 

@@ -172,11 +172,11 @@ struct PeerOptions {
     Device device;                     ///< this rank's GPU; several ranks may share one
 };
 
-/// Ranks on GPUs of one host that write to and copy out of each other's memory: threads of a process
-/// or processes. Rows to send, and what is lent, must lie in memory of a Buffer. Processes with a
-/// GPU each wait for each other there, and CUDA graphs can capture them; else no graph can. Returns
-/// when all ranks are there. Throws InvalidArgument, CudaError, TransportError, or UnsupportedError
-/// if a GPU does not reach another's memory.
+/// Ranks on GPUs of one host that write to and copy out of each other's memory: threads of a
+/// process or processes. Rows to send, and what is lent, must lie in memory of a Buffer. Processes
+/// with a GPU each wait for each other there, and CUDA graphs can capture them; else no graph can.
+/// Returns when all ranks are there. Throws InvalidArgument, CudaError, TransportError, or
+/// UnsupportedError if a GPU does not reach another's memory.
 std::unique_ptr<Transport> make_peer_transport(PeerOptions options);
 
 struct NcclOptions {
