@@ -10,13 +10,14 @@
 
 namespace moecore::cpu {
 
-/// Calls fn(begin, end) on ranges of about `grain` that cover 0 .. count - 1, on `threads` threads.
-/// Each takes the ranges of its own share in order, so that what it reads runs on from one to the
-/// next; when they are done it takes over ranges of the others, so that threads of different speed
-/// end together. fn must not throw.
+/// Calls fn(begin, end) on ranges of about `grain` that cover 0 .. count - 1, on the threads of
+/// moecore::num_threads(). Each thread takes the ranges of its own share in order, so that what it
+/// reads runs on from one to the next; when they are done it takes over ranges of the others, so
+/// that threads of different speed end together. fn must not throw.
 template <typename Fn>
-void parallel_ranges(int64_t count, int64_t grain, Fn&& fn, int threads = num_threads()) {
+void parallel_ranges(int64_t count, int64_t grain, Fn&& fn) {
     const int64_t num_ranges = (count + grain - 1) / grain;
+    const int threads = num_threads();
     const auto range = [&](int64_t i) {
         const int64_t begin = i * grain;
         fn(begin, begin + grain < count ? begin + grain : count);

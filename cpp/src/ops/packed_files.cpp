@@ -8,7 +8,6 @@
 #include <exception>
 
 #include "cpu/panels.hpp"
-#include "cpu/parallel.hpp"
 #include "moecore/packed_weights.hpp"
 #include "ops/check.hpp"
 
@@ -154,18 +153,16 @@ void PackedWeights::pack_files(std::span<const FilePacking> packings, int num_th
     const cpu::KernelTable& table = cpu::kernels();
     std::atomic<bool> failed = false;
     std::exception_ptr failure;
-    const auto count = static_cast<int64_t>(pieces.size());
-    cpu::parallel_ranges(
-        count, 1,
-        [&](int64_t index, int64_t) {
-            if (failed.load(std::memory_order_relaxed)) return;
-            try {
-                pack_piece(table, pieces[static_cast<size_t>(index)]);
-            } catch (...) {
-                if (!failed.exchange(true)) failure = std::current_exception();
-            }
-        },
-        num_threads);
+    // In the order of the files, as disks like it.
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic)
+    for (const Piece& piece : pieces) {
+        if (failed.load(std::memory_order_relaxed)) continue;
+        try {
+            pack_piece(table, piece);
+        } catch (...) {
+            if (!failed.exchange(true)) failure = std::current_exception();
+        }
+    }
     if (failure) std::rethrow_exception(failure);
 }
 
