@@ -39,7 +39,7 @@ def test_a_rank_reads_what_inspect_says_and_all_read_everything(folder, size):
     assert max(read) == model_size.bytes_per_rank(whole, config.moe.num_experts, size)
     assert sum(nbytes - whole.rest for nbytes in read) == whole.experts
     experts = [
-        {str(source) for job in plan for source in job.sources if ".experts." in source.name}
+        {part.offset for job in plan for part in job.parts if ".experts." in part.info.name}
         for plan in plans
     ]
     assert sum(map(len, experts)) == len(set().union(*experts))

@@ -68,6 +68,12 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(tmp_path, tensors, cha
     assert not model.got
 
 
+def test_floats_do_not_become_integers(checkpoint):
+    slots = [WeightSlot(((Source("norm.weight", (K,)),),), pytest.fail, dtype=torch.int64)]
+    with pytest.raises(moecore.FormatError, match=r"norm.weight .* can become int64, found BF16"):
+        load_weights(checkpoint, slots, dtype=torch.bfloat16, ignore=["."])
+
+
 def test_all_problems_are_counted_and_the_first_are_listed(tmp_path, tensors):
     tensors = {name: tensor for name, tensor in tensors.items() if "gate" not in name}
     with pytest.raises(moecore.FormatError, match="got 6 problems") as caught:

@@ -153,6 +153,22 @@ def test_threads_of_torch_and_the_core_are_as_before(checkpoint, tensors):
     assert inside == [(1, 1)] * 3
 
 
+@pytest.mark.parametrize(("least", "alone"), [(None, False), (1, True)], ids=["small", "large"])
+def test_a_slot_larger_than_its_share_has_all_threads(checkpoint, monkeypatch, least, alone):
+    if least is not None:
+        monkeypatch.setattr(weight_stream, "_LEAST_MAPPED_BYTES", least)
+    inside = []
+    slot = WeightSlot(
+        ((Source("embed.weight", (50, K)),),), lambda _: inside.append(moecore.num_threads())
+    )
+    moecore.set_num_threads(3)
+    try:
+        load_weights(checkpoint, [slot], dtype=torch.bfloat16, ignore=["."], progress=False)
+    finally:
+        moecore.set_num_threads(0)
+    assert inside == [3 if alone else 1]
+
+
 def test_an_error_in_a_slot_stops_the_loading_and_is_raised(checkpoint, tensors):
     def fail(*_):
         raise RuntimeError("the slot of the embedding")
@@ -207,8 +223,8 @@ def test_a_mapping_ends_with_its_share_of_the_limit_or_one_slot(
 
         return give
 
-    for name in ("tensor", "expert"):
-        monkeypatch.setattr(Reader, name, recording(getattr(Reader, name)))
+    monkeypatch.setattr(Reader, "view", recording(Reader.view))
+    monkeypatch.setattr(weight_stream, "_LEAST_MAPPED_BYTES", 1)
     slots = Model(tensors).slots
     load_weights(checkpoint, slots, dtype=torch.bfloat16, num_threads=num_threads, progress=False)
     assert sum(map(sum, read.values())) == sum(tensor.nbytes for tensor in tensors.values())
@@ -218,6 +234,14 @@ def test_a_mapping_ends_with_its_share_of_the_limit_or_one_slot(
         for sizes in read.values()
     )
     assert len(read) < len(slots)
+
+
+def test_small_slots_share_a_mapping(checkpoint, tensors, monkeypatch):
+    opened = []
+    reader = Checkpoint.reader
+    monkeypatch.setattr(Checkpoint, "reader", lambda self: opened.append(1) or reader(self))
+    load_weights(checkpoint, Model(tensors).slots, dtype=torch.bfloat16, progress=False)
+    assert len(opened) == 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed"])

@@ -4,13 +4,14 @@ import errno
 import os
 import re
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import moecore
-from moecore import weight_stream
+from moecore import loading, weight_stream
 from moecore.checkpoint import Checkpoint
 from moecore.loading import Packing, Source, WeightSlot, load_weights
 from moecore.models.layers import fill
@@ -72,10 +73,8 @@ class Model:
             )
 
 
-def load(checkpoint, slots, dtype=torch.bfloat16, num_threads=None):
-    return load_weights(
-        checkpoint, slots, dtype=dtype, ignore=["."], num_threads=num_threads, progress=False
-    )
+def load(checkpoint, slots, dtype=torch.bfloat16, **options):
+    return load_weights(checkpoint, slots, dtype=dtype, ignore=["."], progress=False, **options)
 
 
 def check_as_by_tensor(checkpoint, model, dtype):
@@ -87,24 +86,50 @@ def check_as_by_tensor(checkpoint, model, dtype):
         assert got.abs().min() > 0
 
 
-@pytest.mark.parametrize("mapped_bytes", [None, 1], ids=["many", "each-on-all-threads"])
+@pytest.mark.parametrize("read_bytes", [None, 700, 1], ids=["all", "some", "each"])
 @pytest.mark.parametrize("num_threads", [None, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_slots_that_pack_get_the_bits_of_those_that_load(
-    tmp_path, tensors, monkeypatch, dtype, num_threads, mapped_bytes
+    tmp_path, tensors, monkeypatch, dtype, num_threads, read_bytes
 ):
-    if mapped_bytes is not None:
-        monkeypatch.setattr(weight_stream, "_MAPPED_BYTES", mapped_bytes)
+    if read_bytes is not None:
+        monkeypatch.setattr(weight_stream, "_READ_BYTES", read_bytes)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     checkpoint = save(tmp_path, tensors)
     model = Model(dtype)
-    report = load(checkpoint, model.slots, dtype, num_threads)
+    report = load(checkpoint, model.slots, dtype, num_threads=num_threads)
     assert model.loaded == 0
     assert report.bytes == sum(
         tensors[name].nbytes
         for name in (*GATES, *UPS, FUSED, FUSED, "embed.weight", UPS[0], UPS[0])
     )
     check_as_by_tensor(checkpoint, model, dtype)
+
+
+def test_progress_is_told_between_batches_and_check_may_end_the_load(checkpoint, monkeypatch):
+    """A batch is as many slots as have `_READ_BYTES` together."""
+    slots = Model(torch.bfloat16).slots
+    size = 2 * N * K * 2  # gate and up of an expert
+    bar = MagicMock()
+    monkeypatch.setattr(loading, "tqdm", bar)
+    monkeypatch.setattr(weight_stream, "_READ_BYTES", 2 * size)
+    checks = []
+    gates_and_ups = [slot for slot in slots if slot.packing.weights is slots[0].packing.weights]
+    for num_threads in (1, 3):
+        load(checkpoint, gates_and_ups, num_threads=num_threads, check=lambda: checks.append(1))
+    shown = bar.return_value.__enter__.return_value.update.call_args_list
+    assert [call.args for call in shown] == [(2 * size,)] * (E // 2) * 2
+    assert len(checks) == len(shown)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    shown.clear()
+    files = os.listdir("/proc/self/fd")
+    with pytest.raises(KeyboardInterrupt):
+        load(checkpoint, gates_and_ups, num_threads=1, check=interrupt)
+    assert len(shown) == 1
+    assert len(os.listdir("/proc/self/fd")) == len(files)
 
 
 def test_tensors_of_another_dtype_are_loaded_by_the_slot(tmp_path, tensors):
@@ -143,16 +168,20 @@ def test_a_file_that_changes_before_it_is_packed_is_named(checkpoint, change):
 def test_a_file_that_is_cut_while_it_is_packed_is_named(checkpoint):
     """With its tensor, and how much of it was there."""
     weights = moecore.PackedWeights("bfloat16", E, 2 * N, K, True)
-    pair = [(GATES[4], None), (UPS[4], None)]
+    other = moecore.PackedWeights("bfloat16", E, N, K, False)
+    packings = [
+        (other, 1, [checkpoint.part(GATES[0])]),
+        (weights, 4, [checkpoint.part(GATES[4]), checkpoint.part(UPS[4])]),
+    ]
     info = checkpoint.info(UPS[4])
     path = checkpoint.folder / info.file
     files = os.listdir("/proc/self/fd")
     with checkpoint.reader() as reader:
-        reader.pack(weights, 4, pair)
+        reader.pack(packings, 1)
         os.truncate(path, info.offset + 11)
         text = f"{UPS[4]} in {path}: expected {info.nbytes} bytes from {info.offset}, found 11"
         with pytest.raises(moecore.FormatError, match=f"^{re.escape(text)}$"):
-            reader.pack(weights, 4, pair)
+            reader.pack(packings, 1)
     assert len(os.listdir("/proc/self/fd")) == len(files)
 
 
@@ -165,7 +194,7 @@ def test_an_error_of_the_disk_names_tensor_and_file(checkpoint, monkeypatch):
         with checkpoint.reader() as reader:
             monkeypatch.setattr(reader, "_file", lambda file: descriptor)
             with pytest.raises(OSError, match=re.escape(FUSED)) as caught:
-                reader.pack(weights, 2, [(FUSED, 2)])
+                reader.pack([(weights, 2, [checkpoint.part(FUSED, 2)])], 1)
     finally:
         os.close(descriptor)
     assert caught.value.errno == errno.EISDIR

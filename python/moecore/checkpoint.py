@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -19,7 +19,7 @@ from moecore import _core
 from moecore.errors import FormatError
 from moecore.safetensors_header import TensorInfo, format_error, read_header, unique_keys
 
-__all__ = ["Checkpoint", "FormatError", "TensorInfo"]
+__all__ = ["Checkpoint", "FormatError", "Part", "TensorInfo"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -41,6 +41,16 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_PACKED_DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # of PackedWeights
+
+
+class Part(NamedTuple):
+    """A tensor, or one index of its first dimension."""
+
+    info: TensorInfo
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -102,26 +112,31 @@ class Checkpoint:
         except KeyError:
             raise KeyError(f"Checkpoint: no tensor {name} in {self.folder}") from None
 
+    def part(self, name: str, index: int | None = None) -> Part:
+        """Where a tensor lies, or one index of its first dimension."""
+        info = self.info(name)
+        if index is None:
+            return Part(info, info.shape, info.offset, info.nbytes)
+        count = info.shape[0] if info.shape else 0
+        if not 0 <= index < count:
+            raise ValueError(
+                f"Checkpoint: index must be in [0, {count}) for {name} of shape "
+                f"{list(info.shape)}, got {index}"
+            )
+        nbytes = info.nbytes // count
+        return Part(info, info.shape[1:], info.offset + index * nbytes, nbytes)
+
     def reader(self) -> Reader:
         """A new Reader of this checkpoint."""
         return Reader(self)
 
     def tensor(self, name: str) -> Tensor:
         """A view of the whole tensor; see Reader."""
-        return self.reader().tensor(name)
+        return self.reader().view(self.part(name))
 
     def expert(self, name: str, index: int) -> Tensor:
-        """A view of one index of the tensor's first dimension; see Reader."""
-        return self.reader().expert(name, index)
-
-
-class _Part(NamedTuple):
-    """A tensor, or one index of its first dimension."""
-
-    info: TensorInfo
-    shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
-    nbytes: int
+        """A view of one index of the tensor's first dimension; no other byte is read."""
+        return self.reader().view(self.part(name, index))
 
 
 class Reader:
@@ -144,62 +159,8 @@ class Reader:
         while self._files:
             self._files.popitem()[1].close()
 
-    def tensor(self, name: str) -> Tensor:
-        """A view of the whole tensor."""
-        return self._view(self._part(name, None))
-
-    def expert(self, name: str, index: int) -> Tensor:
-        """A view of one index of the tensor's first dimension; no other byte is read."""
-        return self._view(self._part(name, index))
-
-    def pack(
-        self,
-        weights: _core.PackedWeights,
-        group: int,
-        matrices: Sequence[tuple[str, int | None]],
-    ) -> None:
-        """Read tensors of the weights' dtype, or an index of each, and pack their rows in turn.
-
-        Raises:
-            FormatError: the file has changed since its header was read.
-            OSError: the system could not read it.
-        """
-        parts = [self._part(name, index) for name, index in matrices]
-        files = []
-        for part in parts:
-            if str(DTYPES.get(part.info.dtype)) != f"torch.{weights.dtype}":
-                raise ValueError(
-                    f"Checkpoint: {part.info.name} must be {weights.dtype}, as the packed weights, "
-                    f"got {part.info.dtype}"
-                )
-            rows, k_dim = part.shape
-            files.append((self._file(part.info.file), part.offset, rows, k_dim))
-        try:
-            weights.pack_files(group, files)
-        except _core.FileReadError as error:
-            part = parts[error.matrix]
-            path = self._checkpoint.folder / part.info.file
-            place = f"{part.nbytes} bytes from {part.offset}"
-            if not error.error_number:
-                raise format_error(part.info.name, path, place, f"{error.found}") from None
-            what = f"{part.info.name}: expected {place}, found {error.found}"
-            reason = f"{os.strerror(error.error_number)} ({what})"
-            raise OSError(error.error_number, reason, str(path)) from None
-
-    def _part(self, name: str, index: int | None) -> _Part:
-        info = self._checkpoint.info(name)
-        if index is None:
-            return _Part(info, info.shape, info.offset, info.nbytes)
-        count = info.shape[0] if info.shape else 0
-        if not 0 <= index < count:
-            raise ValueError(
-                f"Checkpoint: index must be in [0, {count}) for {name} of shape "
-                f"{list(info.shape)}, got {index}"
-            )
-        nbytes = info.nbytes // count
-        return _Part(info, info.shape[1:], info.offset + index * nbytes, nbytes)
-
-    def _view(self, part: _Part) -> Tensor:
+    def view(self, part: Part) -> Tensor:
+        """The part of the checkpoint, in memory that the file is mapped to."""
         info = part.info
         dtype = DTYPES.get(info.dtype)
         if dtype is None:
@@ -212,6 +173,44 @@ class Reader:
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=part.offset).view(
             part.shape
         )
+
+    def pack(
+        self,
+        packings: Iterable[tuple[_core.PackedWeights, int, Sequence[Part]]],
+        num_threads: int,
+    ) -> None:
+        """Read groups of packed weights, each of which is the rows of matrices in turn.
+
+        Raises:
+            FormatError: a file has changed since its header was read.
+            OSError: the system could not read it.
+        """
+        parts: list[Part] = []
+        native = []
+        for weights, group, matrices in packings:
+            dtype = _PACKED_DTYPES[weights.dtype]
+            files = []
+            for part in matrices:
+                info, (rows, k_dim), offset, _ = part
+                if info.dtype != dtype:
+                    raise ValueError(
+                        f"Checkpoint: {info.name} must be {weights.dtype}, as the packed weights, "
+                        f"got {info.dtype}"
+                    )
+                files.append((self._file(info.file), offset, rows, k_dim))
+            parts += matrices
+            native.append((weights, group, files))
+        try:
+            _core.PackedWeights.pack_files(native, num_threads)
+        except _core.FileReadError as error:
+            info, _, offset, nbytes = parts[error.matrix]
+            path = self._checkpoint.folder / info.file
+            place = f"{nbytes} bytes from {offset}"
+            if not error.error_number:
+                raise format_error(info.name, path, place, f"{error.found}") from None
+            what = f"{info.name}: expected {place}, found {error.found}"
+            reason = f"{os.strerror(error.error_number)} ({what})"
+            raise OSError(error.error_number, reason, str(path)) from None
 
     def _memory(self, file: str) -> mmap.mmap:
         if file not in self._maps:

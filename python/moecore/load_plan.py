@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from moecore._core import PackedWeights
-from moecore.checkpoint import DTYPES, Checkpoint
+from moecore.checkpoint import DTYPES, Checkpoint, Part
 from moecore.errors import FormatError
 from moecore.safetensors_header import TensorInfo, format_error
 
 _SHOWN_PROBLEMS = 8
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Job(NamedTuple):
     """One slot of this rank, and all that it reads."""
 
     load: Callable[..., object]
-    sources: tuple[Source, ...]
+    parts: list[Part]  # of the files, one of each source
     dtype: torch.dtype  # of the tensors that load gets
     nbytes: int  # in the files
     packing: Packing | None  # to be done instead of load
@@ -79,8 +79,14 @@ def plan_load(
     known: set[str] = set()
     problems: list[FormatError] = []
     for slot in slots:
-        known.update(source.name for sources in slot.alternatives for source in sources)
-        found = next((a for a in slot.alternatives if all(s.name in tensors for s in a)), None)
+        found = None
+        for sources in slot.alternatives:
+            is_there = found is None
+            for source in sources:
+                known.add(source.name)
+                is_there = is_there and source.name in tensors
+            if is_there:
+                found = sources
         if found is None:
             problems.extend(_missing(checkpoint, slot))
         else:
@@ -95,28 +101,29 @@ def plan_load(
             )
     if problems:
         raise _summary(checkpoint, problems)
-    order = {name: position for position, name in enumerate(tensors)}
-    chosen.sort(key=lambda choice: (order[choice[1][0].name], choice[1][0].expert or 0))
-    return [
-        _job(tensors, slot, slot.load, sources, slot.dtype or dtype)
+    jobs = [
+        _job(checkpoint, slot, slot.load, sources, slot.dtype or dtype)
         for slot, sources in chosen
         if slot.load is not None
     ]
+    jobs.sort(key=lambda job: (job.parts[0].info.file, job.parts[0].offset))
+    return jobs
 
 
 def _job(
-    tensors: Mapping[str, TensorInfo],
+    checkpoint: Checkpoint,
     slot: WeightSlot,
     load: Callable[..., object],
     sources: tuple[Source, ...],
     dtype: torch.dtype,
 ) -> Job:
-    nbytes, as_stored = 0, True
+    parts, nbytes, as_stored = [], 0, True
     for source in sources:
-        info = tensors[source.name]
-        as_stored = as_stored and DTYPES.get(info.dtype) == dtype
-        nbytes += info.nbytes if source.expert is None else info.nbytes // info.shape[0]
-    return Job(load, sources, dtype, nbytes, slot.packing if as_stored else None)
+        part = checkpoint.part(source.name, source.expert)
+        parts.append(part)
+        nbytes += part.nbytes
+        as_stored = as_stored and DTYPES.get(part.info.dtype) == dtype
+    return Job(load, parts, dtype, nbytes, slot.packing if as_stored else None)
 
 
 def _missing(checkpoint: Checkpoint, slot: WeightSlot) -> Iterator[FormatError]:
@@ -138,13 +145,14 @@ def _missing(checkpoint: Checkpoint, slot: WeightSlot) -> Iterator[FormatError]:
 
 
 def _misfits(info: TensorInfo, source: Source, dtype: torch.dtype) -> Iterator[FormatError]:
-    found = f"shape {list(info.shape)}"
     if info.shape != source.shape:
+        found = f"shape {list(info.shape)}"
         yield format_error(info.name, info.file, f"shape {list(source.shape)}", found)
     elif source.expert is not None and not 0 <= source.expert < (*info.shape, 0)[0]:
+        found = f"shape {list(info.shape)}"
         yield format_error(info.name, info.file, f"an expert {source.expert}", found)
-    converts = info.dtype in _FLOATS and dtype in (DTYPES[name] for name in _FLOATS)
-    if not converts and DTYPES.get(info.dtype) != dtype:
+    stored = DTYPES.get(info.dtype)
+    if stored != dtype and not (stored in _FLOATS and dtype in _FLOATS):
         expected = f"a dtype that can become {str(dtype).removeprefix('torch.')}"
         yield format_error(info.name, info.file, expected, info.dtype)
 

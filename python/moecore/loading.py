@@ -40,14 +40,14 @@ def load_weights(
     num_threads: int | None = None,
     check: Callable[[], object] | None = None,
 ) -> LoadReport:
-    """Load every slot, in the order of the files.
+    """Load every slot: what is packed, then the others, each in the order of the files.
 
     Nothing is loaded unless everything fits: no slot without its tensors, no tensor without a slot,
     every shape as the source says, every dtype one that can become the slot's (float64, float32,
     float16 and bfloat16 become one another; any other must be the same). The process then holds, on
     top of the final weights, at most 128 MB of mapped file or one slot's tensors, and for each
-    thread half a megabyte (or 64 rows) of what is packed, and one slot's tensors in their new
-    dtype, if that differs.
+    thread half a megabyte (or 64 rows) of what is packed, which it keeps, and one slot's tensors in
+    their new dtype, if that differs.
 
     Args:
         checkpoint: as `Checkpoint.open` gives it.

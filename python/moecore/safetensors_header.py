@@ -61,19 +61,23 @@ def read_header(path: Path) -> list[TensorInfo]:
             raise format_error("header", path, "a JSON object", str(error)) from error
     header.pop("__metadata__", None)
     data_begin = 8 + length
-    tensors = [_tensor_info(name, entry, path, data_begin) for name, entry in header.items()]
+    file_name = path.name
+    tensors = [
+        _tensor_info(name, entry, path, file_name, data_begin) for name, entry in header.items()
+    ]
     tensors.sort(key=lambda info: (info.offset, info.nbytes))
     _check_layout(tensors, path, data_begin, file_size)
     return tensors
 
 
-def _tensor_info(name: str, entry: Any, path: Path, data_begin: int) -> TensorInfo:
+def _tensor_info(name: str, entry: Any, path: Path, file_name: str, data_begin: int) -> TensorInfo:
     """One entry of a header, its offsets fitting its shape and dtype."""
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         begin, end = offsets
         fits = isinstance(dtype, str) and isinstance(shape, list)
-        fits = fits and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        for number in (begin, end, *shape):
+            fits = fits and type(number) is int and number >= 0
     except (TypeError, KeyError, ValueError):
         fits = False
     if not fits:
@@ -90,7 +94,7 @@ def _tensor_info(name: str, entry: Any, path: Path, data_begin: int) -> TensorIn
             f"{bits / 8:g} bytes for {dtype} of shape {shape}",
             f"data_offsets {offsets}, {end - begin} bytes",
         )
-    return TensorInfo(name, path.name, dtype, tuple(shape), end - begin, data_begin + begin)
+    return TensorInfo(name, file_name, dtype, tuple(shape), end - begin, data_begin + begin)
 
 
 def _check_layout(tensors: list[TensorInfo], path: Path, data_begin: int, file_size: int) -> None:

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from moecore import _core
-from moecore.checkpoint import Checkpoint, Reader
-from moecore.load_plan import Job, Source
+from moecore.checkpoint import Checkpoint
+from moecore.load_plan import Job
 
 _MAPPED_BYTES = 128 << 20  # by all threads together
-_POOL = threading.Lock()  # the numbers of threads that a pool changes are the process's
+_LEAST_MAPPED_BYTES = 8 << 20  # a mapping costs 0.1 ms
+_READ_BYTES = 128 << 20  # by all threads between two calls of `done`
+_TURN = threading.Lock()  # one load at a time has the threads
 
 
 class WeightStream:
-    """Loads jobs from files that are mapped, or opened, anew for every batch of jobs.
+    """Loads jobs: those that pack by reading, the others from mapped files.
 
-    Mapped pages count as memory of the process until their mapping ends. What is packed is read:
-    mapping costs by the piece in which the page cache holds the file, reading does not.
+    Mapped pages count as memory of the process until their mapping ends, and mapping costs by the
+    piece in which the page cache holds the file; reading does neither.
     """
 
     def __init__(
@@ -34,8 +36,24 @@ class WeightStream:
 
     def run(self, jobs: list[Job]) -> None:
         """Load every job; the first exception stops it and is raised."""
-        limit = _MAPPED_BYTES // self._num_threads
+        with _TURN:
+            self._run_packing([job for job in jobs if job.packing is not None])
+            self._run_mapped([job for job in jobs if job.packing is None])
+
+    def _run_packing(self, jobs: list[Job]) -> None:
+        """A native call for each batch, which hands its pieces out to threads."""
+        for batch in _batches(jobs, _READ_BYTES):
+            with self._checkpoint.reader() as reader:
+                packings = ((*job.packing, job.parts) for job in batch if job.packing is not None)
+                reader.pack(packings, self._num_threads)
+            self._done(sum(job.nbytes for job in batch))
+
+    def _run_mapped(self, jobs: list[Job]) -> None:
+        """A mapping for each batch, which is loaded on one thread of a pool."""
+        if not jobs:
+            return
         even = sum(job.nbytes for job in jobs) // (4 * self._num_threads)
+        limit = min(_MAPPED_BYTES // self._num_threads, max(even, _LEAST_MAPPED_BYTES))
         running: set[Future[int]] = set()
 
         def drain(most: int) -> None:
@@ -45,7 +63,7 @@ class WeightStream:
                     self._done(future.result())
 
         with _threads(self._num_threads) as (pool, on_all_threads):
-            for batch in _batches(jobs, min(limit, even)):
+            for batch in _batches(jobs, limit):
                 if batch[0].nbytes > limit:  # alone, and each of its operations on all threads
                     drain(0)
                     with on_all_threads():
@@ -58,22 +76,13 @@ class WeightStream:
     def _load(self, batch: list[Job]) -> int:
         with self._checkpoint.reader() as reader:
             for job in batch:
-                if job.packing is not None:
-                    weights, group = job.packing
-                    reader.pack(weights, group, [(s.name, s.expert) for s in job.sources])
-                else:
-                    job.load(*(_read(reader, source, job.dtype) for source in job.sources))
+                job.load(*(_aligned(reader.view(part)).to(job.dtype) for part in job.parts))
         return sum(job.nbytes for job in batch)
 
 
-def _read(reader: Reader, source: Source, dtype: torch.dtype) -> Tensor:
-    if source.expert is None:
-        tensor = reader.tensor(source.name)
-    else:
-        tensor = reader.expert(source.name, source.expert)
-    if tensor.data_ptr() % tensor.element_size():  # files of early writers are not aligned
-        tensor = tensor.clone()
-    return tensor.to(dtype)
+def _aligned(tensor: Tensor) -> Tensor:
+    """Files of early writers are not."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 @contextmanager
@@ -84,10 +93,7 @@ def _threads(
 
     Teams of threads under each thread of the pool would only wait for each other.
     """
-    with (
-        _POOL,
-        ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         torch_threads = torch.get_num_threads()
         # What set_num_threads chose holds on every thread; without it, the pool's threads have 1.
         core_threads = pool.submit(_core.num_threads).result()

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 #include <stdexcept>
+#include <vector>
 
 #include "moecore/buffer.hpp"
 #include "moecore/tensor_view.hpp"
@@ -23,14 +24,24 @@ class FileReadError : public std::runtime_error {
 public:
     FileReadError(size_t matrix, int64_t found, int error_number);
 
-    size_t matrix() const { return matrix_; }           ///< which one of those given
-    int64_t found() const { return found_; }            ///< bytes of it before the end or the error
+    size_t matrix() const { return matrix_; }  ///< which one of those given, over all packings
+    int64_t found() const { return found_; }   ///< bytes of it before the end or the error
     int error_number() const { return error_number_; }  ///< errno, or 0 at the end of the file
 
 private:
     size_t matrix_;
     int64_t found_;
     int error_number_;
+};
+
+class PackedWeights;
+
+/// One group of packed weights, whose rows are those of the matrices in turn; if it is gated, all
+/// gates before all ups.
+struct FilePacking {
+    PackedWeights* weights;
+    int64_t group;
+    std::vector<FileMatrix> matrices;
 };
 
 /// Expert weights in the order that the kernels of their device read best, made once at load.
@@ -59,10 +70,10 @@ public:
     /// pass views with a doubled row stride.
     void pack_gated(int64_t group, const TensorView& gate, const TensorView& up);
 
-    /// Packs one group out of files: its rows are those of the matrices in turn; if gated, all
-    /// gates before all ups. Each thread reads a piece (512 KB, or a panel) and packs it out of its
-    /// cache, so nothing is mapped. Throws FileReadError; some of the group is then not packed.
-    void pack_files(int64_t group, std::span<const FileMatrix> matrices);
+    /// Packs different groups, of any weights, out of files, on `num_threads` threads. Each reads a
+    /// piece (512 KB, or a panel) and packs it out of its cache, so nothing is mapped. Checks all
+    /// before it packs any. Throws FileReadError; some of the groups are then not packed.
+    static void pack_files(std::span<const FilePacking> packings, int num_threads);
 
     DType dtype() const { return dtype_; }
     int64_t num_groups() const { return num_groups_; }

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <tuple>
 #include <vector>
 
@@ -33,6 +34,21 @@ void register_file_read_error(py::module_& module) {
     });
 }
 
+using MatrixTuple = std::tuple<int, int64_t, int64_t, int64_t>;
+using PackingTuple =
+    std::tuple<std::reference_wrapper<PackedWeights>, int64_t, std::vector<MatrixTuple>>;
+
+void pack_files(const std::vector<PackingTuple>& packings, int num_threads) {
+    py::gil_scoped_release release;  // the caller's list holds the weights
+    std::vector<FilePacking> all;
+    for (const auto& [weights, group, matrices] : packings) {
+        all.push_back({&weights.get(), group, {}});
+        for (const auto& [descriptor, offset, num_rows, k_dim] : matrices)
+            all.back().matrices.push_back({descriptor, offset, num_rows, k_dim});
+    }
+    PackedWeights::pack_files(all, num_threads);
+}
+
 void bind_packed_weights(py::module_& module) {
     register_file_read_error(module);
     py::class_<PackedWeights>(module, "PackedWeights",
@@ -62,18 +78,9 @@ void bind_packed_weights(py::module_& module) {
             },
             py::arg("group"), py::arg("gate"), py::arg("up"),
             "Pack gate [n / 2, k_dim] and up [n / 2, k_dim] of one group.")
-        .def(
-            "pack_files",
-            [](PackedWeights& self, int64_t group,
-               const std::vector<std::tuple<int, int64_t, int64_t, int64_t>>& matrices) {
-                std::vector<FileMatrix> files;
-                for (const auto& [descriptor, offset, num_rows, k_dim] : matrices)
-                    files.push_back({descriptor, offset, num_rows, k_dim});
-                py::gil_scoped_release release;
-                self.pack_files(group, files);
-            },
-            py::arg("group"), py::arg("matrices"),
-            "Pack the rows of one group out of files: (descriptor, offset, rows, k_dim) in turn.")
+        .def_static("pack_files", &pack_files, py::arg("packings"), py::arg("num_threads"),
+                    "Pack the rows of groups out of files: (weights, group, [(descriptor, offset, "
+                    "rows, k_dim), ...]) for each.")
         .def(
             "rows",
             [](const PackedWeights& self, py::handle ids, py::handle out) {

@@ -8,7 +8,6 @@
 #include <exception>
 
 #include "cpu/panels.hpp"
-#include "cpu/parallel.hpp"
 #include "moecore/packed_weights.hpp"
 #include "ops/check.hpp"
 
@@ -52,10 +51,9 @@ int64_t bytes_of(const FileMatrix& matrix, int64_t end) {
     return std::clamp<int64_t>(status.st_size - matrix.offset, 0, end);
 }
 
-/// Bytes begin .. begin + count - 1 of one of the matrices.
-void read_bytes(std::span<const FileMatrix> matrices, size_t index, int64_t begin, int64_t count,
+/// Bytes begin .. begin + count - 1 of a matrix, the one of that index among all given.
+void read_bytes(const FileMatrix& matrix, size_t index, int64_t begin, int64_t count,
                 char* target) {
-    const FileMatrix& matrix = matrices[index];
     for (int64_t done = 0; done < count;) {
         const ssize_t got = pread(matrix.descriptor, target + done,
                                   static_cast<size_t>(count - done), matrix.offset + begin + done);
@@ -66,16 +64,64 @@ void read_bytes(std::span<const FileMatrix> matrices, size_t index, int64_t begi
     }
 }
 
-/// Rows first .. first + count - 1 of all matrices' rows.
-void read_rows(std::span<const FileMatrix> matrices, int64_t row_bytes, int64_t first,
+/// Rows first .. first + count - 1 of a group's matrices, `index` the first of them.
+void read_rows(std::span<const FileMatrix> matrices, size_t index, int64_t row_bytes, int64_t first,
                int64_t count, char* target) {
-    for (size_t index = 0; count > 0; ++index) {
-        const int64_t here = std::clamp<int64_t>(matrices[index].num_rows - first, 0, count);
-        if (here > 0) read_bytes(matrices, index, first * row_bytes, here * row_bytes, target);
-        first = std::max<int64_t>(first - matrices[index].num_rows, 0);
+    for (const FileMatrix& matrix : matrices) {
+        const int64_t here = std::clamp<int64_t>(matrix.num_rows - first, 0, count);
+        if (here > 0) read_bytes(matrix, index, first * row_bytes, here * row_bytes, target);
+        ++index;
+        first = std::max<int64_t>(first - matrix.num_rows, 0);
         count -= here;
         target += here * row_bytes;
     }
+}
+
+/// Panels of one group that a thread reads and packs.
+struct Piece {
+    std::span<const FileMatrix> matrices;  ///< of the whole group
+    size_t first_matrix;                   ///< its index among those of all groups
+    cpu::PanelLayout layout;               ///< of the whole group
+    int64_t panel, num_panels;
+    char* target;  ///< of the first panel
+};
+
+int64_t element_bytes(const cpu::PanelLayout& layout) {
+    return static_cast<int64_t>(size_of(layout.dtype));
+}
+
+int64_t panel_bytes(const cpu::PanelLayout& layout) {
+    return layout.panel_elements() * element_bytes(layout);
+}
+
+/// `group` becomes pieces; its panel, num_panels and target are those of all of it.
+void append_pieces(std::vector<Piece>& pieces, const Piece& group) {
+    const int64_t count = std::max<int64_t>(kPieceBytes / panel_bytes(group.layout), 1);
+    for (int64_t panel = 0; panel < group.num_panels; panel += count) {
+        Piece& piece = pieces.emplace_back(group);
+        piece.panel = panel;
+        piece.num_panels = std::min(count, group.num_panels - panel);
+        piece.target += panel * panel_bytes(group.layout);
+    }
+}
+
+void pack_piece(const cpu::KernelTable& table, const Piece& piece) {
+    const cpu::PanelLayout& whole = piece.layout;
+    const int64_t row_bytes = whole.k_dim * element_bytes(whole);
+    const int64_t first = piece.panel * whole.outputs_per_panel();
+    const int64_t rows =
+        std::min(piece.num_panels * whole.outputs_per_panel(), whole.num_outputs() - first);
+    const int64_t sources = whole.gated ? 2 : 1;
+    char* memory = scratch(sources * rows * row_bytes);
+    for (int64_t i = 0; i < sources; ++i)
+        read_rows(piece.matrices, piece.first_matrix, row_bytes, i * whole.num_outputs() + first,
+                  rows, memory + i * rows * row_bytes);
+    const cpu::PanelLayout layout{sources * rows, whole.k_dim, whole.gated, whole.dtype};
+    const cpu::PanelSource source{memory, whole.gated ? memory + rows * row_bytes : nullptr,
+                                  whole.k_dim, 1, true};
+    for (int64_t i = 0; i < piece.num_panels; ++i)
+        cpu::pack_panel(table, layout, source, i, 0, whole.k_dim,
+                        piece.target + i * panel_bytes(whole), true);
 }
 
 std::string message_of(int64_t found, int error_number) {
@@ -92,42 +138,31 @@ FileReadError::FileReadError(size_t matrix, int64_t found, int error_number)
       found_(found),
       error_number_(error_number) {}
 
-void PackedWeights::pack_files(int64_t group, std::span<const FileMatrix> matrices) {
-    char* target = group_data(group);
-    check_matrices(matrices, n_, k_dim_);
+void PackedWeights::pack_files(std::span<const FilePacking> packings, int num_threads) {
+    kCheck.that(num_threads >= 1, "num_threads must be >= 1, got ", num_threads);
+    std::vector<Piece> pieces;
+    size_t num_matrices = 0;
+    for (const auto& [weights, group, matrices] : packings) {
+        char* target = weights->group_data(group);
+        check_matrices(matrices, weights->n_, weights->k_dim_);
+        const cpu::PanelLayout layout{weights->n_, weights->k_dim_, weights->gated_,
+                                      weights->dtype_};
+        append_pieces(pieces, {matrices, num_matrices, layout, 0, layout.num_panels(), target});
+        num_matrices += matrices.size();
+    }
     const cpu::KernelTable& table = cpu::kernels();
-    const cpu::PanelLayout whole{n_, k_dim_, gated_, dtype_};
-    const auto element_bytes = static_cast<int64_t>(size_of(dtype_));
-    const int64_t row_bytes = k_dim_ * element_bytes;
-    const int64_t panel_rows = whole.outputs_per_panel();
-    const int64_t sources = gated_ ? 2 : 1;
-    const int64_t piece_panels =
-        std::max<int64_t>(kPieceBytes / (cpu::kPanelColumns * row_bytes), 1);
-
-    const auto pack_piece = [&](int64_t begin, int64_t end) {  // panels
-        const int64_t first = begin * panel_rows;
-        const int64_t rows = std::min(end * panel_rows, whole.num_outputs()) - first;
-        char* memory = scratch(sources * rows * row_bytes);
-        for (int64_t i = 0; i < sources; ++i)
-            read_rows(matrices, row_bytes, i * whole.num_outputs() + first, rows,
-                      memory + i * rows * row_bytes);
-        const cpu::PanelLayout piece{sources * rows, k_dim_, gated_, dtype_};
-        const cpu::PanelSource source{memory, gated_ ? memory + rows * row_bytes : nullptr, k_dim_,
-                                      1, true};
-        for (int64_t panel = begin; panel < end; ++panel)
-            cpu::pack_panel(table, piece, source, panel - begin, 0, k_dim_,
-                            target + panel * whole.panel_elements() * element_bytes, true);
-    };
     std::atomic<bool> failed = false;
     std::exception_ptr failure;
-    cpu::parallel_ranges(whole.num_panels(), piece_panels, [&](int64_t begin, int64_t end) {
-        if (failed.load(std::memory_order_relaxed)) return;
+    // In the order of the files, as disks like it.
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic)
+    for (const Piece& piece : pieces) {
+        if (failed.load(std::memory_order_relaxed)) continue;
         try {
-            pack_piece(begin, end);
+            pack_piece(table, piece);
         } catch (...) {
             if (!failed.exchange(true)) failure = std::current_exception();
         }
-    });
+    }
     if (failure) std::rethrow_exception(failure);
 }
 
