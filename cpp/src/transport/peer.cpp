@@ -262,9 +262,8 @@ private:
         }
     }
 
-    /// Whether a rank can wait for another within its stream. It keeps its GPU from a rank that
-    /// shares it; and of the threads of a process, one that waits for its GPU in a call to CUDA can
-    /// hold what another needs to come.
+    /// Whether a rank can wait for another within its stream. It would keep its GPU from a rank that
+    /// shares it; and between threads of one process, on two GPUs, such waits passed the deadline.
     static bool can_wait_on_gpus(const std::vector<Card>& cards) {
         if (cards.size() > SignalArgs::kMaxRanks) return false;
         for (size_t a = 0; a < cards.size(); ++a)
