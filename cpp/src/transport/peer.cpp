@@ -262,8 +262,9 @@ private:
         }
     }
 
-    /// Whether a rank can wait for another within its stream. It would keep its GPU from a rank that
-    /// shares it; and between threads of one process, on two GPUs, such waits passed the deadline.
+    /// Whether a rank can wait for another within its stream. It would keep its GPU from a rank
+    /// that shares it; and between threads of one process, on two GPUs, such waits passed the
+    /// deadline.
     static bool can_wait_on_gpus(const std::vector<Card>& cards) {
         if (cards.size() > SignalArgs::kMaxRanks) return false;
         for (size_t a = 0; a < cards.size(); ++a)
