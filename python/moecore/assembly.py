@@ -107,6 +107,7 @@ class Assembly:
     def runner(self, cache: CachePlan, transport: Transport | None = None) -> ModelRunner:
         """Give the loaded model a cache; `transport` as for `load`."""
         assert self._network is not None
+        # Layers over NCCL can be captured, too, but models with such graphs were not seen to run.
         uses_graphs = not self.options.enforce_eager and (
             transport is None or (transport.kind == "peer" and transport.can_capture)
         )

@@ -9,6 +9,7 @@ namespace moecore {
 namespace {
 
 constexpr const char* kPhase = "lend";
+static_assert(ShareRowsArgs::kMaxRanks >= AddressRowsArgs::kMaxParts);  // see can_lend_rows
 
 LentMemory memory_of(const TensorView& view) {
     return {view.data, static_cast<size_t>(view.num_elements()) * size_of(view.dtype)};

@@ -51,6 +51,11 @@ public:
         std::atomic_ref(args_.state->is_over).store(1, std::memory_order_release);
     }
 
+    /// Whether nobody waits any more: what streams did since is worth nothing.
+    bool has_ended() const {
+        return std::atomic_ref(args_.state->is_over).load(std::memory_order_acquire) != 0;
+    }
+
     /// The rank that did not come in time, or -1.
     int late_rank() const {
         return std::atomic_ref(args_.state->late).load(std::memory_order_acquire) - 1;

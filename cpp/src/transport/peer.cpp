@@ -174,7 +174,7 @@ public:
     void synchronize(const char* phase, Stream stream) override {
         try {
             wait_for_stream(*this, device_, phase, stream, [&] { check(phase); });
-            check_late(phase);
+            check_meetings(phase);
         } catch (const TransportError& error) {
             give_up(error);
         }
@@ -182,7 +182,7 @@ public:
 
     void check(const char* phase) override {
         hosts_->check(phase);
-        check_late(phase);
+        check_meetings(phase);
     }
     void abort(const std::string& reason) noexcept override {
         hosts_->abort(reason);
@@ -196,14 +196,17 @@ private:
     }
 
     void meet_on_gpu(const char* phase, Stream stream) {
-        check_late(phase);  // and not the hosts: that takes longer than a layer's kernels
+        check_meetings(phase);
         hosts_->note(phase);
         meeting_->meet(deadline(), stream);
     }
 
-    /// Throws if a rank did not come to a meeting on the GPUs.
-    void check_late(const char* phase) {
-        const int late = meeting_ ? meeting_->late_rank() : -1;
+    /// Throws if meetings on the GPUs have ended, naming who was late, or failed. Hosts are asked
+    /// only then: that takes longer than a layer's kernels.
+    void check_meetings(const char* phase) {
+        if (!meeting_ || !meeting_->has_ended()) return;
+        hosts_->check(phase);
+        const int late = meeting_->late_rank();
         if (late >= 0)
             throw TransportError(
                 late, phase,

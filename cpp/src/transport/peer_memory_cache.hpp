@@ -13,7 +13,8 @@ namespace moecore {
 template <typename Memory = cuda::PeerMemory>
 class PeerMemoryCache {
 public:
-    /// Memory at `place` in that process. `wait` returns when no copy reads memory opened before.
+    /// Memory at `place` in that process. `wait` returns when nothing reads or writes memory opened
+    /// before.
     template <typename Wait>
     char* find(const cuda::ExportedMemory& place, Wait&& wait) {
         auto open = std::find_if(open_.begin(), open_.end(), [&](const Open& one) {
